@@ -1,0 +1,86 @@
+"""Curves of the column from a label volume: the truth for anyone who has CT or MR with vertebra masks."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt, label
+
+from spinelib.errors import InputError
+from spinelib.geometry import Volume
+from spinelib.spine import K_DEFAULT, Curves
+
+BODY_RADIUS_MM = 8.0
+"""Axial opening that takes away pedicles and processes and leaves the body, which is wider."""
+
+_FEWEST_ROWS = 10
+
+
+def curves_from_labels(labels: Volume, values: Iterable[int], k: int = K_DEFAULT) -> Curves:
+    """Return the six curves of the bodies of some vertebrae, discs bridged linearly.
+
+    In every axial slice the mask is opened by a disc of `BODY_RADIUS_MM`, in which vertebral bodies survive and
+    pedicles, laminae and processes do not; the largest piece is kept. Its extreme right and anterior coordinates
+    (to half a voxel) are the edges, as in a coronal and a sagittal projection.
+
+    Parameters
+    ----------
+    labels : Volume
+        Integers, RAS axes (as `imaging.readers.read_volume` returns).
+    values : iterable of int
+        Labels that belong to the column; take only vertebrae that lie whole in the volume.
+    k : int
+        Heights between the upper end of the uppermost and the lower end of the lowest body.
+
+    Raises
+    ------
+    InputError
+        If none of the labels occurs, or the grid is oblique.
+    """
+    mask = np.isin(np.rint(labels.values), list(values))
+    if not mask.any():
+        present = np.unique(np.rint(labels.values).astype(int))
+        message = f"none of the labels {sorted(values)} occurs; this volume has {present.tolist()[:40]}."
+        raise InputError(message)
+    off_axis = labels.affine[:3, :3] - np.diag(np.diag(labels.affine[:3, :3]))
+    if np.abs(off_axis).max() > 1e-3 or np.any(np.diag(labels.affine)[:3] <= 0):
+        message = "labels must lie on right, anterior, superior axes; read them with imaging.readers.read_volume."
+        raise InputError(message)
+    right_mm, anterior_mm, superior_mm = labels.grid.axes_mm()
+    rows = [(superior_mm[i], *_edges(mask[:, :, i], right_mm, anterior_mm)) for i in np.flatnonzero(mask.any((0, 1)))]
+    table = np.array([row for row in rows if np.isfinite(row[1])])
+    if len(table) < _FEWEST_ROWS:
+        message = f"only {len(table)} slices hold a body of {2 * BODY_RADIUS_MM:.0f} mm; is this a vertebra mask?"
+        raise InputError(message)
+    right, left, front, back = (np.interp(superior_mm, table[:, 0], column) for column in table[:, 1:].T)
+    inside = (superior_mm >= table[0, 0]) & (superior_mm <= table[-1, 0])
+    heights = superior_mm[inside][::-1]
+    coronal, sagittal = ((right, left), (front, back))
+    everything = Curves(heights, _with_centre(coronal, inside), _with_centre(sagittal, inside))
+    return everything.resample(k)
+
+
+def _edges(section, right_mm, anterior_mm):
+    """Return right, left, anterior, posterior edge of the body in an axial section; NaN where there is none."""
+    spacing = (right_mm[1] - right_mm[0], anterior_mm[1] - anterior_mm[0])
+    core = distance_transform_edt(section, sampling=spacing) > BODY_RADIUS_MM
+    if not core.any():
+        return (np.nan,) * 4
+    body = distance_transform_edt(~_largest(core), sampling=spacing) <= BODY_RADIUS_MM
+    rights, anteriors = (np.flatnonzero(body.any(axis)) for axis in (1, 0))
+    half = np.multiply(spacing, 0.5)
+    return (
+        right_mm[rights[-1]] + half[0],
+        right_mm[rights[0]] - half[0],
+        anterior_mm[anteriors[-1]] + half[1],
+        anterior_mm[anteriors[0]] - half[1],
+    )
+
+
+def _largest(mask):
+    pieces, count = label(mask)
+    return pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]) if count > 1 else mask
+
+
+def _with_centre(edges, inside):
+    first, last = (edge[inside][::-1] for edge in edges)
+    return np.stack([first, (first + last) / 2, last])

@@ -1,0 +1,1 @@
+"""Parametric anatomy: sampled people, their spines as signed distances, and their images."""

@@ -1,0 +1,69 @@
+"""Write the README's tables from the committed CSV files: ``python tests/readme_tables.py``."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "reports" / "reference"
+TABLES = {
+    "headline": REFERENCE / "laptop" / "tables" / "headline.csv",
+    "alignment": REFERENCE / "laptop" / "tables" / "alignment.csv",
+    "real_ct": REFERENCE / "real_ct.csv",
+}
+COLUMNS = {
+    "headline": {
+        "method": "method",
+        "weights": "weights",
+        "centreline_3d_mm": "3D centre line (mm)",
+        "centreline_95ci_mm": "95% CI",
+        "coronal_mm": "coronal (mm)",
+        "sagittal_mm": "sagittal (mm)",
+        "iou_3d": "IoU 3D",
+        "hd95_mm": "HD95 (mm)",
+        "n": "n",
+    },
+    "alignment": {
+        "method": "method",
+        "rotation_deg_median": "rotation, median (deg)",
+        "rotation_deg_max": "max",
+        "shift_mm_median": "shift, median (mm)",
+        "shift_mm_max": "max (mm)",
+        "n": "n",
+    },
+    "real_ct": {
+        "scan": "scan",
+        "levels": "levels",
+        "method": "method",
+        "centreline_3d_mm": "3D centre line (mm)",
+        "coronal_mm": "coronal (mm)",
+        "sagittal_mm": "sagittal (mm)",
+    },
+}
+
+
+def as_markdown(name: str) -> str:
+    """Return one committed table as Markdown."""
+    table = pd.read_csv(TABLES[name], keep_default_na=False)[list(COLUMNS[name])].rename(columns=COLUMNS[name])
+    shown = table.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v).replace("_", " "))
+    rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def filled(text: str) -> str:
+    """Return the README's text with every table block replaced."""
+    for name in TABLES:
+        block = f"<!-- table: {name} -->\n{as_markdown(name)}\n<!-- end -->"
+        text, count = re.subn(
+            rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL
+        )
+        if count != 1:
+            message = f"README.md has {count} blocks for table {name!r}; expected one."
+            raise ValueError(message)
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text(encoding="utf8")), encoding="utf8")

@@ -1,0 +1,78 @@
+"""Tables: the ceiling is a ceiling, intervals and orders are right, names are the promised ones."""
+
+import numpy as np
+import pytest
+
+from spinelib.data import Record
+from spinelib.evaluate import (
+    METHODS,
+    angle_table,
+    headline_metrics,
+    height_errors,
+    methods_table,
+    score_subjects,
+    summary,
+)
+from spinelib.spine import Curves
+
+
+def column(bend, lordosis=18.0):
+    heights = np.linspace(470, 5, 209)
+    phase = (heights - 5) / 465
+    centre = bend * np.sin(2 * np.pi * phase)
+    depth = lordosis * np.cos(1.5 * np.pi * phase)
+    return Curves(heights, np.stack([centre + 19, centre, centre - 19]), np.stack([depth + 15, depth, depth - 15]))
+
+
+@pytest.fixture(scope="module")
+def scores():
+    truth = [column(b, 18 + b / 4) for b in (2.0, 12.0, -20.0, 30.0)]
+    records = [Record(f"s{i}", "test", curves=c) for i, c in enumerate(truth)]
+    off = [c.shifted(right_mm=3.0, anterior_mm=50.0) for c in truth]
+    return records, score_subjects(records, {"mean_curve": [column(0.0)] * 4, "ours": off})
+
+
+def test_known_shift_is_measured_and_depth_is_not(scores):
+    table = summary(scores[1])
+    row = methods_table(table, "centreline_3d_mm").set_index("method").loc["ours"]
+    assert np.isclose(row["mean"], 3.0, atol=1e-6)
+    assert row["ci_low"] <= row["mean"] <= row["ci_high"]
+    assert row["n"] == 4
+
+
+def test_the_ceiling_is_above_everything(scores):
+    table = methods_table(summary(scores[1]), "iou_3d").set_index("method")["mean"]
+    assert np.isclose(table["ceiling"], 1.0)
+    assert table["ceiling"] > table["ours"] > table["mean_curve"]
+
+
+def test_methods_keep_their_order(scores):
+    order = methods_table(summary(scores[1]), "iou_3d")["method"].tolist()
+    assert order == [m for m in METHODS if m in order]
+
+
+def test_angles_of_a_shifted_copy_agree(scores):
+    rows = angle_table(scores[1]).set_index(["method", "angle"])
+    assert rows.loc[("ours", "cobb_deg"), "mae_deg"] < 0.01
+    assert rows.loc[("ours", "lumbar_lordosis_deg"), "r"] > 0.999
+    assert rows.loc[("mean_curve", "cobb_deg"), "mae_deg"] > 2
+
+
+def test_headline_names(scores):
+    metrics = headline_metrics(scores[1])
+    wanted = {f"curves.ours.centreline_3d_mm.{k}" for k in ("mean", "ci_low", "ci_high")}
+    wanted |= {
+        "curves.ceiling.iou_3d.mean",
+        "curves.ours.cobb_mae_deg",
+        "curves.ours.lordosis_r",
+        "curves.ours.kyphosis_r",
+    }
+    assert wanted <= set(metrics)
+    assert all(isinstance(v, float) for v in metrics.values())
+
+
+def test_error_by_height_of_a_shift_is_flat(scores):
+    records = scores[0]
+    errors = height_errors(records, [r.curves.shifted(right_mm=2.0) for r in records], rows=30)
+    assert errors.shape == (4, 30)
+    assert np.allclose(errors, 2.0, atol=1e-6)

@@ -1,0 +1,54 @@
+"""Curves from label volumes: against the phantom's exact silhouettes, a drawn cylinder, and bad input."""
+
+import numpy as np
+import pytest
+
+from spinelib.errors import InputError
+from spinelib.geometry import Volume, VolumeGrid
+from spinelib.imaging.labels import curves_from_labels
+from spinelib.levels import VERSE_LABELS
+
+
+def test_a_cylinder_gives_its_own_edges():
+    grid = VolumeGrid.from_bounds((-40, -40, 0), (40, 40, 120), 1.0)
+    right, anterior, _ = np.meshgrid(*grid.axes_mm(), indexing="ij")
+    body = (right - 5) ** 2 + (anterior + 3) ** 2 <= 20**2
+    arch = (np.abs(right - 5) < 3) & (anterior < -20)  # a process: too thin for a body
+    labels = np.where(body | arch, 20, 0).astype(np.uint8)
+    labels[:, :, 50:56] = 0  # a disc
+    curves = curves_from_labels(Volume(labels, grid.affine), [20])
+    assert np.abs(curves.coronal_mm - [[25], [5], [-15]]).max() <= 1.0
+    assert np.abs(curves.sagittal_mm - [[17], [-3], [-23]]).max() <= 1.0
+
+
+def test_phantom_labels_give_the_phantoms_true_curves():
+    from spinelib.phantom.column import true_curves
+    from spinelib.phantom.population import sample_subject
+    from spinelib.phantom.render import tissue_volume
+    from spinelib.phantom.vertebra import subject_shapes
+
+    subject = sample_subject(4, curves="enriched", variants=False)
+    shapes = subject_shapes(subject)
+    volume = tissue_volume(subject, shapes, VolumeGrid.from_bounds((-70, -110, -30), (70, 90, 560), (1.5, 1.5, 3.0)))
+    levels = [v for v in subject.levels if v[0] in "TL"]
+    curves = curves_from_labels(Volume(volume.labels, volume.grid.affine), [VERSE_LABELS[v] for v in levels])
+    truth = true_curves(subject, shapes)
+    inner = truth.heights_mm[(truth.heights_mm < curves.heights_mm[0]) & (truth.heights_mm > curves.heights_mm[-1])]
+    difference = np.abs(curves.at(inner).to_array() - truth.at(inner).to_array()).mean(axis=0)
+    assert difference[[1, 4]].max() < 1.2  # centres
+    assert difference.max() < 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "affine", "words"),
+    [
+        ([99], np.eye(4), "none of the labels"),
+        ([1], np.array([[0.9, -0.4, 0, 0], [0.4, 0.9, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "read_volume"),
+        ([1], np.eye(4), "is this a vertebra mask"),
+    ],
+)
+def test_bad_labels_are_named(values, affine, words):
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[10:12, 10:12] = 1
+    with pytest.raises(InputError, match=words):
+        curves_from_labels(Volume(labels, affine), values)
