@@ -16,6 +16,7 @@ from spinelib.models.curves import CurveRegressor, light_network, paper_network
 from spinelib.models.datasets import CurveDataset, CurveExample, LandmarkDataset, true_window
 from spinelib.models.locator import SpineLocator, locate
 from spinelib.models.predictor import CurvePredictor
+from spinelib.record import file_sha256
 from spinelib.train import TrainConfig, fit
 
 NETWORKS = ("light", "paper")
@@ -106,9 +107,10 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": round(time.time() - started),
         "torch": torch.__version__,
     }
-    CurvePredictor(locator, network, card).save(folder / "weights.safetensors")
-    (folder / "card.json").write_text(json.dumps(card, indent=1))
-    print(f"{folder / 'weights.safetensors'}: validation {card['validation_mm']:.2f} mm in {card['seconds']} s")
+    path = folder / "weights.safetensors"
+    CurvePredictor(locator, network, card).save(path)
+    path.with_suffix(".json").write_text(json.dumps(card | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    print(f"{path}: validation {card['validation_mm']:.2f} mm in {card['seconds']} s")
     return 0
 
 

@@ -5,10 +5,12 @@ mixed precision, seeds, weight averaging, exact resume from the last epoch, earl
 code runs on a CPU, one GPU, or several through `torchrun --nproc-per-node N -m spinelib train ...`.
 """
 
+import hashlib
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 
 from spinelib.errors import InputError, SpinelibError
+from spinelib.record import package_sha256
 
 RECIPES = ("paper", "modern")
 
@@ -88,12 +91,13 @@ def fit(
         Items are dicts of tensors. If `train` has `set_epoch`, it is told each epoch's number, so that
         augmentation depends on (seed, epoch, item) alone and a resumed run repeats an unbroken one exactly.
     folder : path
-        Gets log.csv and last.ckpt; a finished or broken-off training found there is continued.
+        Gets log.csv and last.ckpt. A training found there is continued if configuration, data and code are the
+        same; otherwise it is kept as last.old.ckpt and the new one starts over, with a warning.
 
     Raises
     ------
     SpinelibError
-        If the loss stops being finite, or the folder holds a checkpoint of another configuration.
+        If the loss stops being finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +162,7 @@ class _TrainingState:
         if self.average is not None:
             self.average.to(fabric.device)
         self.epoch, self.step, self.log = 0, 0, []
+        self.identity = {"config": asdict(config), "data": _fingerprint(train), "code": package_sha256()}
         self.best, self.best_weights, self.seconds = math.inf, None, 0.0
 
     def finished(self):
@@ -229,7 +234,7 @@ class _TrainingState:
         average = self.average.state_dict() if self.average is not None else None
         torch.save(
             {
-                "config": asdict(self.config),
+                "identity": self.identity,
                 "model": self.model.module.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "average": average,
@@ -251,11 +256,14 @@ class _TrainingState:
         if not path.is_file():
             return
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["config"] != asdict(self.config):
-            message = (
-                f"{path} was made with another configuration ({saved['config']}); choose another folder or delete it."
+        if saved.get("identity") != self.identity:
+            path.replace(path.with_name("last.old.ckpt"))
+            warnings.warn(
+                f"{path} was made with another configuration, other data or other code; it is kept as last.old.ckpt "
+                "and training starts over.",
+                stacklevel=3,
             )
-            raise SpinelibError(message)
+            return
         self.model.module.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         if self.average is not None:
@@ -293,6 +301,13 @@ def _average(model):
         return current + (averaged - current) * min(0.99, (1 + count.item()) / (10 + count.item()))
 
     return AveragedModel(model, avg_fn=follow, use_buffers=True)
+
+
+def _fingerprint(dataset):
+    """Return a hash of a data set's size and of three of its items."""
+    places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+    items = [value.numpy().tobytes() for i in places for value in dataset[i].values()]
+    return hashlib.sha256(b"".join([str(len(dataset)).encode(), *items])).hexdigest()
 
 
 def _devices():

@@ -89,10 +89,20 @@ def test_resumed_training_equals_an_unbroken_one(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(whole_log[columns], resumed_log[columns])
 
 
-def test_another_configuration_is_not_resumed(tmp_path):
+@pytest.mark.parametrize("change", ["configuration", "data", "code"])
+def test_another_training_starts_over_and_keeps_the_old_one(tmp_path, change, monkeypatch):
     train(tmp_path)
-    with pytest.raises(SpinelibError, match="another configuration"):
-        train(tmp_path, TrainConfig(epochs=7, batch_size=8, learning_rate=0.02, precision="32-true", seed=4))
+    config, data = CONFIG, Points(64, True)
+    if change == "configuration":
+        config = TrainConfig(epochs=7, batch_size=8, learning_rate=0.02, precision="32-true", seed=4)
+    elif change == "data":
+        data = Points(60, True)
+    else:
+        monkeypatch.setattr("spinelib.train.package_sha256", lambda: "edited")
+    with pytest.warns(UserWarning, match="starts over"):
+        log = fit(Line(), data, Points(16, False), config, tmp_path)
+    assert log["epoch"].tolist() == list(range(config.epochs))
+    assert (tmp_path / "last.old.ckpt").is_file()
 
 
 def test_patience_stops_a_training_that_no_longer_improves(tmp_path):

@@ -343,8 +343,7 @@ def coronal_wedges_deg(
         disc = np.diff(tilts) - (body + np.append(body[1:], 0.0)) / 2
         excess = np.sign(disc) * np.maximum(np.abs(disc) - disc_limit_deg, 0.0)
         body = body + excess / 2 + np.append(0.0, excess[:-1]) / 2
-    worst = int(np.abs(body).argmax())
-    if abs(body[worst]) > _LARGEST_WEDGE_DEG:
+    if abs(body[worst := int(np.abs(body).argmax())]) > _LARGEST_WEDGE_DEG:
         message = (
             f"these curves would wedge {levels[worst]} by {abs(body[worst]):.0f} degrees; expected at most "
             f"{_LARGEST_WEDGE_DEG:.0f}. Lower cobb_deg, spread it over more levels or add a counter-curve."
