@@ -70,9 +70,13 @@ def train_regressor(
     validation_set = CurveDataset(others, [locate(locator, e.dxa) for e in others], augment=False)
     if config.recipe == "modern":
         rows = training_set.rows()
+        spread = rows.std(axis=(0, 1))
+        if regressor.shortcut is not None:
+            items = training_set.plain()
+            regressor.shortcut.fit(items["image"], items["rows_mm"])
+            spread = spread / 3  # of what the shortcut leaves to the network, roughly
         regressor.set_output_scale(
-            torch.from_numpy(rows.mean(axis=0).astype(np.float32)),
-            torch.from_numpy(rows.std(axis=(0, 1)).astype(np.float32)),
+            torch.from_numpy(rows.mean(axis=0).astype(np.float32)), torch.from_numpy(spread.astype(np.float32))
         )
     return fit(regressor, training_set, validation_set, config, folder)
 

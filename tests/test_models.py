@@ -12,6 +12,7 @@ from spinelib.models.curves import (
     PAPER_PARAMETERS,
     BottleneckTransformer,
     CurveRegressor,
+    LinearShortcut,
     light_network,
     paper_network,
     parameter_count,
@@ -83,6 +84,28 @@ def test_unreachable_pretrained_weights_warn_and_go_on(monkeypatch):
     monkeypatch.setattr("spinelib.models.curves.timm.create_model", offline)
     with pytest.warns(UserWarning, match="starts from random weights"):
         assert parameter_count(light_network(pretrained=True)) > 0
+
+
+def test_shortcut_finds_a_linear_law_and_takes_what_it_does_not_see_as_average():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 2, 224, 224, generator=generator) * 0.1
+    strength = torch.rand(60, generator=generator)
+    images[:, 0, 80:120, 100:140] += strength[:, None, None]
+    rows = strength[:, None, None] * torch.linspace(-30, 30, 6).expand(209, 6)
+    shortcut = LinearShortcut(20, 2)
+    shortcut.fit(images, rows)
+    assert (shortcut(images) - rows).abs().max() < 1.0
+    assert torch.allclose(shortcut(torch.zeros(1, 2, 224, 224))[0], rows.mean(dim=0), atol=1e-3)
+    half = images[:1].clone()
+    half[:, :, 130:] = 0  # a short field of view that still holds the law's place
+    assert (shortcut(half) - rows[:1]).abs().max() < 3.0
+
+
+def test_a_fresh_light_network_is_its_shortcut():
+    network = light_network().eval()
+    network.shortcut.intercept.fill_(7.0)
+    network.scale_mm.fill_(10.0)
+    assert torch.allclose(network(torch.rand(1, 2, 224, 224)), torch.full((1, 209, 6), 7.0))
 
 
 def test_rows_and_curves_are_inverse_inside_the_window():
