@@ -92,7 +92,7 @@ def test_shortcut_finds_a_linear_law_and_takes_what_it_does_not_see_as_average()
     strength = torch.rand(60, generator=generator)
     images[:, 0, 80:120, 100:140] += strength[:, None, None]
     rows = strength[:, None, None] * torch.linspace(-30, 30, 6).expand(209, 6)
-    shortcut = LinearShortcut(20, 2)
+    shortcut = LinearShortcut(2)
     shortcut.fit(images, rows)
     assert (shortcut(images) - rows).abs().max() < 1.0
     assert torch.allclose(shortcut(torch.zeros(1, 2, 224, 224))[0], rows.mean(dim=0), atol=1e-3)

@@ -56,7 +56,7 @@ class PixelRegressor:
     def fit(self, examples, windows) -> "PixelRegressor":
         """Learn from examples and their windows; the ridge penalty is chosen by leave-one-out."""
         pixels = np.stack([_pooled(e.dxa, w) for e, w in zip(examples, windows, strict=True)])
-        components = PCA(min(120, len(pixels) - 1), random_state=0)
+        components = PCA(min(1000, len(pixels) - 1), random_state=0)
         self.model = make_pipeline(components, self.regressor)
         self.model.fit(pixels, _rows(examples, windows).reshape(len(pixels), -1))
         return self

@@ -6,7 +6,6 @@ import numpy as np
 import timm
 import torch
 from jaxtyping import Float
-from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
 from timm.layers.bottleneck_attn import BottleneckAttn
 from torch import Tensor, nn
@@ -48,44 +47,40 @@ class BottleneckTransformer(nn.Module):
 
 
 class LinearShortcut(nn.Module):
-    """Curves from the pooled window by principal components and ridge regression; fixed once fitted.
+    """Curves from the pooled window by ridge regression; fixed once fitted.
 
-    A few hundred subjects teach a linear map more of the sagittal shape than a convolutional network learns from
-    them in minutes, so the network starts from it and learns the rest. Blocks outside the field of view count as
+    A thousand subjects teach a linear map more of the sagittal shape than a convolutional network learns from them
+    in minutes, so the network starts from it and learns the rest. Blocks outside the field of view count as
     average: rows and columns of the window that are zero throughout.
     """
 
     BLOCK = 8
 
-    def __init__(self, components: int, channels: int, pixels: int = CANVAS_PIXELS):
+    def __init__(self, channels: int, pixels: int = CANVAS_PIXELS):
         super().__init__()
-        count, outputs = channels * (pixels // self.BLOCK) ** 2, K_DEFAULT * len(CURVE_COLUMNS)
-        self.register_buffer("mean", torch.zeros(count))
-        self.register_buffer("components", torch.zeros(components, count))
-        self.register_buffer("coefficients", torch.zeros(components, outputs))
+        inputs, outputs = channels * (pixels // self.BLOCK) ** 2, K_DEFAULT * len(CURVE_COLUMNS)
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("weight", torch.zeros(inputs, outputs))
         self.register_buffer("intercept", torch.zeros(outputs))
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 209 6"]:
         """Return curves in mm."""
-        scores = (self.filled(image) - self.mean) @ self.components.T
-        return (scores @ self.coefficients + self.intercept).unflatten(1, (K_DEFAULT, len(CURVE_COLUMNS)))
+        rows = (self.filled(image) - self.mean) @ self.weight + self.intercept
+        return rows.unflatten(1, (K_DEFAULT, len(CURVE_COLUMNS)))
 
     def filled(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Return the pooled window with the mean where there is no image."""
         pooled = nn.functional.avg_pool2d(image.float(), self.BLOCK)
         something = (pooled > 0).any(dim=1, keepdim=True)
         seen = something.any(dim=3, keepdim=True) & something.any(dim=2, keepdim=True)
-        mean = self.mean.view(1, *pooled.shape[1:])
-        return torch.where(seen, pooled, mean).flatten(1)
+        return torch.where(seen, pooled, self.mean.view(1, *pooled.shape[1:])).flatten(1)
 
     def fit(self, images: Float[Tensor, "n c h w"], rows_mm: Float[Tensor, "n 209 6"]) -> None:
         """Learn from windows and their true rows; the penalty is chosen by leave-one-out."""
         self.mean.copy_(nn.functional.avg_pool2d(images, self.BLOCK).flatten(1).mean(dim=0))
         pixels = (self.filled(images) - self.mean).numpy()
-        axes = PCA(min(len(self.components), len(pixels) - 1), random_state=0).fit(pixels).components_
-        ridge = RidgeCV(alphas=np.logspace(-2, 4, 13)).fit(pixels @ axes.T, rows_mm.flatten(1).numpy())
-        self.components[: len(axes)] = torch.from_numpy(axes)
-        self.coefficients[: len(axes)] = torch.from_numpy(ridge.coef_.T)
+        ridge = RidgeCV(alphas=np.logspace(-2, 4, 13)).fit(pixels, rows_mm.flatten(1).numpy())
+        self.weight.copy_(torch.from_numpy(ridge.coef_.T))
         self.intercept.copy_(torch.from_numpy(ridge.intercept_))
 
 
@@ -105,8 +100,8 @@ class CurveRegressor(nn.Module):
         Which feature stage of the backbone feeds the head (-1 = last).
     blocks : int
         Number of Bottleneck-Transformer blocks.
-    shortcut : int
-        Components of the fixed linear shortcut that the network adds to; 0 = none.
+    shortcut : bool
+        Whether the network adds to a `LinearShortcut`.
     pretrained : bool
         Start from timm's ImageNet weights; without a network connection a warning says so and random weights serve.
 
@@ -124,7 +119,7 @@ class CurveRegressor(nn.Module):
         head: str = "global",
         stage: int = -1,
         blocks: int = 3,
-        shortcut: int = 0,
+        shortcut: bool = False,
         pretrained: bool = False,
         pixels: int = CANVAS_PIXELS,
     ):
@@ -146,7 +141,7 @@ class CurveRegressor(nn.Module):
         size = -(-pixels // reduction)
         self.attention = nn.Sequential(*(BottleneckTransformer(dim, (size, size)) for _ in range(blocks)))
         self.head = _GlobalHead(dim) if head == "global" else _RowHead(dim, size)
-        self.shortcut = LinearShortcut(shortcut, in_channels, pixels) if shortcut else None
+        self.shortcut = LinearShortcut(in_channels, pixels) if shortcut else None
         # The paper's unit: fraction of the window counted from its right or anterior border.
         span = pixels * PITCH_MM
         self.register_buffer("offset_mm", torch.full((K_DEFAULT, 6), span / 2))
@@ -178,12 +173,12 @@ class CurveRegressor(nn.Module):
 
 def paper_network(pretrained: bool = False) -> CurveRegressor:
     """Return the network of Bourigault 2024 exactly: ResNet50, three BoT blocks, pool, linear; 34,756,646 numbers."""
-    return CurveRegressor("resnet50", 3, "global", -1, 3, 0, pretrained)
+    return CurveRegressor("resnet50", 3, "global", -1, 3, False, pretrained)
 
 
 def light_network(pretrained: bool = False, backbone: str = "resnet18") -> CurveRegressor:
     """Return this package's network for two CPU cores: a linear shortcut, stride-16 features, one BoT block, rows."""
-    return CurveRegressor(backbone, 2, "rows", 3, 1, 120, pretrained)
+    return CurveRegressor(backbone, 2, "rows", 3, 1, True, pretrained)
 
 
 def parameter_count(model: nn.Module) -> int:
