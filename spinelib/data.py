@@ -163,7 +163,8 @@ def synthetic_cohort(folder, count: int, *, seed: int = 0, mix: str = "enriched"
     Parameters
     ----------
     folder : path
-        Gets one folder a subject, manifest.csv, subjects.csv and, if any subject fails, quarantine.csv.
+        Gets one folder a subject and, named after the count so that cohorts of several sizes can share it,
+        manifest-<count>.csv, subjects-<count>.csv and quarantine-<count>.csv.
     count : int
     mix : str
         'enriched' or 'natural', see `spinelib.phantom.population.sample_subject`.
@@ -175,10 +176,10 @@ def synthetic_cohort(folder, count: int, *, seed: int = 0, mix: str = "enriched"
     bar = tqdm(results, total=count, desc="synthetic cohort", unit="subject", disable=not sys.stderr.isatty())
     people = pd.DataFrame(list(bar))
     failed = people[people["reason"] != ""]
-    failed[["subject_key", "stage", "reason"]].to_csv(folder / "quarantine.csv", index=False)
+    failed[["subject_key", "stage", "reason"]].to_csv(folder / f"quarantine-{count}.csv", index=False)
     people = people[people["reason"] == ""].drop(columns=["reason", "stage"])
-    people.to_csv(folder / "subjects.csv", index=False, float_format="%.4f")
-    manifest = folder / "manifest.csv"
+    people.to_csv(folder / f"subjects-{count}.csv", index=False, float_format="%.4f")
+    manifest = folder / f"manifest-{count}.csv"
     pd.DataFrame([row for key in people["subject_key"] for row in _manifest_rows(folder, key)]).to_csv(
         manifest, index=False
     )
@@ -203,12 +204,16 @@ def open_cohort(manifest, data_dir, subjects: int, seed: int = 0, n_jobs: int = 
 
 
 def read_subjects(manifest) -> pd.DataFrame:
-    """Return the table of subjects beside a manifest (sex, age, angles, true motion), indexed by subject_key."""
-    path = Path(manifest).parent / "subjects.csv"
-    if not path.is_file():
-        message = f"no table of subjects at {path}; the synthetic cohort has one, your own data may bring one."
-        raise InputError(message)
-    return pd.read_csv(path).set_index("subject_key")
+    """Return the table of subjects beside a manifest (sex, age, angles, true motion), indexed by subject_key.
+
+    The synthetic cohort has one. Your own data may bring a `subjects.csv` with any of its columns; without it the
+    table has the manifest's subjects and no columns.
+    """
+    manifest = Path(manifest)
+    path = manifest.with_name("subjects" + manifest.name.removeprefix("manifest"))
+    if manifest.name.startswith("manifest") and path.is_file():
+        return pd.read_csv(path).set_index("subject_key")
+    return pd.DataFrame(index=pd.Index(read_manifest(manifest)["subject_key"].unique(), name="subject_key"))
 
 
 def _make_subject(folder, seed, index, mix):

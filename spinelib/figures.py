@@ -72,12 +72,18 @@ def image_panels(image: Projection, title: str = "") -> Figure:
     return figure
 
 
-def cohort_sheet(images: dict[str, Projection], cobb_deg: dict[str, int]) -> Figure:
-    """Return the bone channels of several subjects in a row, each with its largest Cobb angle."""
+def cohort_sheet(images: dict[str, Projection], cobb_deg: pd.Series | None = None) -> Figure:
+    """Return the first channels of several subjects in a row, each with its largest Cobb angle where it is known."""
     figure, panels = plt.subplots(1, len(images), figsize=(1.75 * len(images), 3.4), squeeze=False)
     for axes, (key, image) in zip(panels[0], images.items(), strict=False):
-        projection_axes(axes, image, "bone", gamma=0.7)
-        axes.set(xticks=[], yticks=[], xlabel="", ylabel="", title=f"Cobb {cobb_deg[key]} deg")
+        projection_axes(axes, image, image.channels[0], gamma=0.7)
+        axes.set(
+            xticks=[],
+            yticks=[],
+            xlabel="",
+            ylabel="",
+            title="" if cobb_deg is None else f"Cobb {cobb_deg[key]:.0f} deg",
+        )
     return figure
 
 

@@ -187,7 +187,7 @@ class Spine:
         arrays = {"poses": self.poses}
         if self.curves is not None:
             arrays |= {"curve_heights_mm": self.curves.heights_mm, "curves_mm": self.curves.to_array()}
-        named = {f"mesh_{level}": mesh for level, mesh in zip(self.levels, self.meshes, strict=True)}
+        named = {f"mesh_{level}": mesh for level, mesh in self._level_meshes().items()}
         if self.column_mesh is not None:
             named["mesh_column"] = self.column_mesh
         for name, mesh in named.items():
@@ -248,13 +248,16 @@ class Spine:
         InputError
             If this spine has no surface.
         """
-        named = dict(zip(self.levels, self.meshes, strict=True)) if self.meshes else {}
+        named = self._level_meshes()
         if self.column_mesh is not None:
             named["column"] = self.column_mesh
         if not named:
             message = "this spine has no surface; make one with spinelib.reconstruct.reconstruct(curves)."
             raise InputError(message)
         return named
+
+    def _level_meshes(self):
+        return dict(zip(self.levels, self.meshes, strict=True)) if self.meshes else {}
 
 
 def _at_heights(wanted, heights, values):

@@ -31,7 +31,7 @@ def cohort(tmp_path_factory):
 @pytest.fixture
 def copy(cohort, tmp_path):
     shutil.copytree(cohort.parent, tmp_path / "copy")
-    return tmp_path / "copy" / "manifest.csv"
+    return tmp_path / "copy" / cohort.name
 
 
 def test_a_made_cohort_is_sound_and_loads(cohort):
@@ -91,7 +91,7 @@ def test_a_failing_subject_is_quarantined_and_the_rest_goes_on(tmp_path, monkeyp
 
     monkeypatch.setattr(data, "_render_to", fails_once)
     manifest = synthetic_cohort(tmp_path, 2, seed=6, n_jobs=1)
-    quarantine = pd.read_csv(tmp_path / "quarantine.csv")
+    quarantine = pd.read_csv(tmp_path / "quarantine-2.csv")
     assert quarantine["reason"].tolist() == ["RuntimeError: phantom fell off the table"]
     assert read_manifest(manifest)["subject_key"].unique().tolist() == ["synthetic-6-00000"]
 
@@ -142,8 +142,15 @@ def test_missing_things_are_named(cohort, tmp_path):
         read_manifest(tmp_path / "none.csv")
     with pytest.raises(InputError, match="no subject 'nobody'"):
         load_record(read_manifest(cohort), cohort.parent, "nobody")
-    with pytest.raises(InputError, match="no table of subjects"):
-        read_subjects(tmp_path / "manifest.csv")
+
+
+def test_subjects_are_optional(cohort, tmp_path):
+    assert read_subjects(cohort)["true_rotation_deg"].between(-8, 8).all()
+    own = tmp_path / "mine.csv"
+    shutil.copy(cohort, own)
+    people = read_subjects(own)
+    assert people.index.tolist() == read_manifest(cohort)["subject_key"].unique().tolist()
+    assert people.columns.empty
 
 
 def test_own_manifest_wins_over_the_synthetic_cohort(cohort):

@@ -63,8 +63,8 @@ def read_projection(path, spacing_mm: tuple[float, float] | None = None) -> Proj
         if spacing is None:
             message = (
                 f"{path.name} does not say how large its pixels are. Expected spacing_mm=(row, column) in "
-                "mm, "
-                "given none. Fix: pass the pixel size, for example spacing_mm=(3.0, 2.4) for total-body iDXA."
+                "mm, given none. Fix: pass the pixel size, for example --spacing 3.0 2.4 on the command line or "
+                "spacing_mm=(3.0, 2.4) in Python."
             )
             raise InputError(message)
     else:

@@ -65,7 +65,7 @@ def main() -> None:
     """Score both scans, write the table and a picture each."""
     use_house_style()
     predictor = CurvePredictor.load()
-    train = curve_examples(load_cohort(open_cohort("", "data", 240), splits=("train",)))
+    train = curve_examples(load_cohort(open_cohort("", "data", 320), splits=("train",)))
     mean_curve = MeanCurve().fit(train, [predictor.window(e.dxa) for e in train])
     rows = []
     for scan in SCANS:
