@@ -1,6 +1,12 @@
-"""Write the README's tables from the committed CSV files: ``python tests/readme_tables.py``."""
+"""Write the README's tables from the committed CSV files.
+
+``python tests/readme_tables.py`` fills the README; ``python tests/readme_tables.py reports/laptop`` first makes a run
+the committed reference: its metrics, tables and PNG figures (of synthetic data only).
+"""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -64,6 +70,19 @@ def filled(text: str) -> str:
     return text
 
 
+def publish(run_dir: Path) -> None:
+    """Copy what a run's reader needs into reports/reference/laptop."""
+    target = REFERENCE / "laptop"
+    shutil.rmtree(target, ignore_errors=True)
+    for name, kinds in (("tables", "*.csv"), ("figures", "*.png")):
+        (target / name).mkdir(parents=True)
+        for file in sorted((run_dir / name).glob(kinds)):
+            shutil.copy(file, target / name)
+    shutil.copy(run_dir / "metrics.json", target)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        publish(Path(sys.argv[1]))
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text(encoding="utf8")), encoding="utf8")

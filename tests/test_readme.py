@@ -21,7 +21,7 @@ def test_numbers_are_those_of_the_committed_tables():
 
 
 def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    targets = re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(r'<img src="([^"]+)"', TEXT)
     assert len(targets) > 8
     assert [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()] == []
 

@@ -12,6 +12,8 @@ from spinelib.spine import K_DEFAULT, Curves
 BODY_RADIUS_MM = 8.0
 """Axial opening that takes away pedicles and processes and leaves the body, which is wider."""
 
+WHOLE_SHARE, NEARBY_MM = 0.75, 30.0
+
 _FEWEST_ROWS = 10
 
 
@@ -20,7 +22,8 @@ def curves_from_labels(labels: Volume, values: Iterable[int], k: int = K_DEFAULT
 
     In every axial slice the mask is opened by a disc of `BODY_RADIUS_MM`, in which vertebral bodies survive and
     pedicles, laminae and processes do not; the largest piece is kept. Its extreme right and anterior coordinates
-    (to half a voxel) are the edges, as in a coronal and a sagittal projection.
+    (to half a voxel) are the edges, as in a coronal and a sagittal projection. Slices that cut a plate obliquely show
+    a part of a body only: those with less than `WHOLE_SHARE` of the usual area nearby count as disc.
 
     Parameters
     ----------
@@ -47,11 +50,12 @@ def curves_from_labels(labels: Volume, values: Iterable[int], k: int = K_DEFAULT
         raise InputError(message)
     right_mm, anterior_mm, superior_mm = labels.grid.axes_mm()
     rows = [(superior_mm[i], *_edges(mask[:, :, i], right_mm, anterior_mm)) for i in np.flatnonzero(mask.any((0, 1)))]
-    table = np.array([row for row in rows if np.isfinite(row[1])])
+    table = np.array([row for row in rows if np.isfinite(row[1])]).reshape(-1, 6)
+    table = table[_whole_sections(table)]
     if len(table) < _FEWEST_ROWS:
         message = f"only {len(table)} slices hold a body of {2 * BODY_RADIUS_MM:.0f} mm; is this a vertebra mask?"
         raise InputError(message)
-    right, left, front, back = (np.interp(superior_mm, table[:, 0], column) for column in table[:, 1:].T)
+    right, left, front, back = (np.interp(superior_mm, table[:, 0], column) for column in table[:, 1:5].T)
     inside = (superior_mm >= table[0, 0]) & (superior_mm <= table[-1, 0])
     heights = superior_mm[inside][::-1]
     coronal, sagittal = ((right, left), (front, back))
@@ -60,11 +64,11 @@ def curves_from_labels(labels: Volume, values: Iterable[int], k: int = K_DEFAULT
 
 
 def _edges(section, right_mm, anterior_mm):
-    """Return right, left, anterior, posterior edge of the body in an axial section; NaN where there is none."""
+    """Return right, left, anterior, posterior edge and area of the body in a section; NaN where there is none."""
     spacing = (right_mm[1] - right_mm[0], anterior_mm[1] - anterior_mm[0])
     core = distance_transform_edt(section, sampling=spacing) > BODY_RADIUS_MM
     if not core.any():
-        return (np.nan,) * 4
+        return (np.nan,) * 5
     body = distance_transform_edt(~_largest(core), sampling=spacing) <= BODY_RADIUS_MM
     rights, anteriors = (np.flatnonzero(body.any(axis)) for axis in (1, 0))
     half = np.multiply(spacing, 0.5)
@@ -73,7 +77,15 @@ def _edges(section, right_mm, anterior_mm):
         right_mm[rights[0]] - half[0],
         anterior_mm[anteriors[-1]] + half[1],
         anterior_mm[anteriors[0]] - half[1],
+        float(body.sum()),
     )
+
+
+def _whole_sections(table):
+    """Return which rows (superior, edges, area) show a whole body."""
+    near = np.abs(table[:, :1] - table[:, 0]) <= NEARBY_MM
+    usual = np.array([np.percentile(table[rows, 5], 75) for rows in near])
+    return table[:, 5] >= WHOLE_SHARE * usual
 
 
 def _largest(mask):
