@@ -10,7 +10,16 @@ from spinelib.angles import all_angles
 from spinelib.data import Record
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
-from spinelib.metrics import bootstrap_ci, curve_errors, mask_errors, match_depth, pearson_r, severity_band
+from spinelib.metrics import (
+    SEVERITY_BANDS,
+    bootstrap_ci,
+    curve_errors,
+    mask_errors,
+    match_depth,
+    pearson_r,
+    severity_band,
+    summarise,
+)
 from spinelib.reconstruct import column_mask, joint_grid
 from spinelib.spine import Curves
 
@@ -28,6 +37,8 @@ SCORES = ("centreline_3d_mm", "coronal_mm", "sagittal_mm", "iou_3d", "hd95_mm", 
 ANGLES = ("cobb_deg", "thoracic_kyphosis_deg", "lumbar_lordosis_deg")
 PUBLISHED = {"centreline_3d_mm": 3.12, "iou_3d": 0.838}
 """Bourigault 2024 on UK Biobank, as quoted by a third-party summary: other data, other truth, not comparable."""
+
+_PADDING_MM = 40.0
 
 
 def predict_all(models: dict, records: list[Record], windows: list) -> dict[str, list[Curves]]:
@@ -48,7 +59,7 @@ def score_subjects(records: list[Record], predictions: dict[str, list[Curves]]) 
     everything = predictions | {"ceiling": [r.curves for r in records]}
     for index, record in enumerate(tqdm(records, desc="scoring", unit="subject", disable=not sys.stderr.isatty())):
         truth_angles = all_angles(record.curves)
-        reference = record.column_mask or _solid(record.curves)
+        reference = _padded(record.column_mask or _solid(record.curves))
         for method, curves in everything.items():
             row = {
                 "subject_key": record.key,
@@ -59,19 +70,15 @@ def score_subjects(records: list[Record], predictions: dict[str, list[Curves]]) 
             row |= {f"true_{a}": truth_angles[a] for a in ANGLES}
             row |= {f"predicted_{a}": v for a, v in _angles(curves[index]).items()}
             rows.append(row)
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame["severity"] = pd.Categorical(frame["severity"], SEVERITY_BANDS, ordered=True)
+    return frame
 
 
 def summary(scores: pd.DataFrame, by: tuple[str, ...] = ("method",), columns=SCORES) -> pd.DataFrame:
-    """Return mean, 95% bootstrap interval and n of each score, one row per group and score."""
-    rows = []
-    for keys, group in scores.groupby(list(by), sort=False):
-        for column in columns:
-            values = group[column].to_numpy(float)
-            mean, low, high = bootstrap_ci(values[np.isfinite(values)])
-            entry = dict(zip(by, keys, strict=True)) | {"score": column, "mean": mean, "ci_low": low, "ci_high": high}
-            rows.append(entry | {"n": int(np.isfinite(values).sum())})
-    return _in_method_order(pd.DataFrame(rows))
+    """Return mean, 95% bootstrap interval, n, median and SD of each score, one row per group and score."""
+    table = summarise(scores[[*by, *columns]], list(by)).rename(columns={"metric": "score"})
+    return _in_method_order(table)
 
 
 def methods_table(table: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -151,6 +158,14 @@ def height_errors(records: list[Record], curves: list[Curves], rows: int = 60) -
 def _scores(curves, truth, reference):
     solid = column_mask(match_depth(curves, truth), reference.grid)
     return curve_errors(curves, truth) | mask_errors(solid, reference.values > 0, reference.spacing_mm)
+
+
+def _padded(volume):
+    """Widen a mask's grid, so that a prediction beside the truth is counted as what it is."""
+    voxels = np.ceil(_PADDING_MM / volume.spacing_mm).astype(int)
+    affine = volume.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ voxels
+    return Volume(np.pad(volume.values, [(n, n) for n in voxels]), affine)
 
 
 def _solid(curves):

@@ -13,6 +13,9 @@ from spinelib.evaluate import (
     score_subjects,
     summary,
 )
+from spinelib.geometry import Volume
+from spinelib.metrics import iou
+from spinelib.reconstruct import column_mask, joint_grid
 from spinelib.spine import Curves
 
 
@@ -44,6 +47,19 @@ def test_the_ceiling_is_above_everything(scores):
     table = methods_table(summary(scores[1]), "iou_3d").set_index("method")["mean"]
     assert np.isclose(table["ceiling"], 1.0)
     assert table["ceiling"] > table["ours"] > table["mean_curve"]
+
+
+def test_a_prediction_beside_the_truth_is_not_forgiven_by_a_tight_mask():
+    truth = column(0.0)
+    tight = joint_grid(truth, margin_mm=2.0)
+    record = Record(
+        "s", "test", curves=truth, column_mask=Volume(column_mask(truth, tight).astype(np.uint8), tight.affine)
+    )
+    scores = score_subjects([record], {"ours": [truth.shifted(right_mm=25.0)]}).set_index("method")
+    wide = joint_grid(truth, truth.shifted(right_mm=25.0))
+    expected = iou(column_mask(truth.shifted(right_mm=25.0), wide), column_mask(truth, wide))
+    assert abs(scores.loc["ours", "iou_3d"] - expected) < 0.01
+    assert scores.loc["ceiling", "iou_3d"] > 0.999
 
 
 def test_methods_keep_their_order(scores):
