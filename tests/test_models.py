@@ -118,6 +118,16 @@ def test_rows_and_curves_are_inverse_inside_the_window():
     assert np.abs(back.to_array() - example.curves.depth_removed().to_array()).max() < 0.5
 
 
+def test_a_prediction_with_crossed_edges_still_has_a_solid():
+    from spinelib.reconstruct import reconstruct
+
+    rows = np.zeros((209, 6))
+    rows[:, 0], rows[:, 2] = -5.0, 5.0  # right and left exchanged
+    curves = rows_to_curves(rows, Window(200.0, 0.0, 430.0, -20.0))
+    assert (curves.coronal_mm[0] - curves.coronal_mm[2] >= 2.0).all()
+    assert reconstruct(curves).column_mesh.is_watertight
+
+
 def test_standardised_does_not_depend_on_the_scanners_units():
     image = person().dxa
     other = Projection(image.channels, image.values * 187 + 3, image.grid)
