@@ -67,13 +67,17 @@ def test_every_dependency_has_a_lower_bound_and_stands_in_the_lock():
 
 
 def test_make_help_lists_every_public_target():
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     listed = {line.split()[0] for line in done.stdout.splitlines()}
     assert listed == {"help", "reproduce", "test", "lab", "doctor", "clean"}
 
 
 def test_make_without_a_target_prints_help():
-    plain = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "make" not in plain.splitlines()[0]
     assert plain.splitlines()[0].startswith("help")
 
