@@ -254,7 +254,7 @@ def spine_3d(spines: dict[str, Spine] | Spine, title: str = "", height: int = 72
     lower, upper = np.min([p[0] for p in points], axis=0), np.max([p[1] for p in points], axis=0)
     figure.add_trace(_scale_bar(lower, upper))
     extent = np.maximum(upper - lower, 1.0)
-    ratio = extent / extent.max() * 1.55
+    ratio = extent / extent.max() * 1.42
     hidden = {"visible": False}
     figure.update_layout(
         title=title,
