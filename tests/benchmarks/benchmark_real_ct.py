@@ -6,6 +6,7 @@ SPINELIB_REALDATA names. Their labels were made by a model, not by hand.
 """
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def main() -> None:
         found, image, curves = score(scan, predictor, mean_curve)
         rows += found
         figure = curves_on_image(image, curves, f"{scan.name}: labels, mean curve, ours")
-        figure.savefig(Path(os.environ.get("TMPDIR", "/tmp")) / f"real_{scan.name.split()[0]}.png")
+        figure.savefig(Path(tempfile.gettempdir()) / f"real_{scan.name.split()[0]}.png")
     pd.DataFrame(rows).round(3).to_csv(REFERENCE / "real_ct.csv", index=False)
 
 
