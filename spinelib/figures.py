@@ -157,11 +157,13 @@ def methods_forest(table: pd.DataFrame, value: str, unit: str, paper=None, title
         axes.axvline(paper, color="#999999", ls="--", lw=1)
         axes.annotate(
             f"published {paper:g} {unit}\n(other data)",
-            (paper, len(table) - 0.5),
+            (paper, 0.99),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
             fontsize=7,
             color="#777777",
             va="top",
-            ha="left",
         )
     axes.set(xlabel=f"{value} ({unit}), mean and 95% CI, n = {int(table['n'].max())}", title=title)
     axes.margins(x=0.12)
