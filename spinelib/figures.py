@@ -165,7 +165,8 @@ def methods_forest(table: pd.DataFrame, value: str, unit: str, paper=None, title
             color="#777777",
             va="top",
         )
-    axes.set(xlabel=f"{value} ({unit}), mean and 95% CI, n = {int(table['n'].max())}", title=title)
+    label = f"{value} ({unit})" if unit else value
+    axes.set(xlabel=f"{label}, mean and 95% CI, n = {int(table['n'].max())}", title=title)
     axes.margins(x=0.12)
     return figure
 
