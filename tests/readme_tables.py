@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from spinelib.evaluate import PUBLISHED
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "reports" / "reference"
 TABLES = {
@@ -54,7 +56,16 @@ def as_markdown(name: str) -> str:
     table = pd.read_csv(TABLES[name], keep_default_na=False)[list(COLUMNS[name])].rename(columns=COLUMNS[name])
     shown = table.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v).replace("_", " "))
     rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+    if name == "headline":
+        rows.append(_published_row(list(COLUMNS[name])))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _published_row(columns: list[str]) -> list[str]:
+    """Return the published figures as a row that says they were measured on other data."""
+    known = {"method": "*published*", "weights": "*UK Biobank: other data, other truth*"}
+    known |= {name: f"*{value:.2f}*" for name, value in PUBLISHED.items()}
+    return [known.get(column, "") for column in columns]
 
 
 def filled(text: str) -> str:
