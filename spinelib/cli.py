@@ -62,15 +62,18 @@ def _add_run(commands) -> None:
         commands,
         "run",
         "run the notebooks and write reports/<run-id>/index.html",
-        "spinelib run 03 04 --profile laptop -p seed=1 --run-id seed1",
+        "spinelib run 03 04 --profile laptop -p seed=1 --run-id seed1\n"
+        "  spinelib run --sweep notebooks/params/ablation_curves.yml",
         _run,
     )
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="numbers or names, such as 03; default: all")
-    parser.add_argument("--profile", default="laptop", help="smoke, laptop, gpu or a YAML file (default: laptop)")
+    parser.add_argument("--profile", help="smoke, laptop, gpu or a YAML file (default: laptop, or what the sweep says)")
     parser.add_argument("-p", dest="assignments", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
-    parser.add_argument("--run-id", help="folder under reports/ (default: the profile's name)")
+    parser.add_argument("--run-id", help="folder under reports/ (default: the profile's or sweep's name)")
     parser.add_argument("--fresh", action="store_true", help="forget what this run has done and start over")
-    parser.add_argument("--list", action="store_true", help="print the notebooks and profiles, run nothing")
+    parser.add_argument("--list", action="store_true", help="print the notebooks, profiles and sweeps, run nothing")
+    parser.add_argument("--sweep", metavar="FILE", help="a YAML file of variants: one run each, compared in a table")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants of the sweep only")
 
 
 def _add_predict(commands) -> None:
@@ -120,6 +123,10 @@ def _add_check(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.sweep or arguments.only:
+        from spinelib.sweep import sweep_command
+
+        return sweep_command(arguments)
     from spinelib.run import run_command
 
     return run_command(arguments)

@@ -222,7 +222,7 @@ def _make_subject(folder, seed, index, mix):
     if done.is_file():
         return pd.read_json(done, typ="series", dtype=False).to_dict()
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     start = time.process_time()
     try:
         row = {"subject_key": key, **_render_to(folder / key, int(seed) * 1_000_000 + index, mix)}
@@ -235,7 +235,7 @@ def _make_subject(folder, seed, index, mix):
     return row
 
 
-def _keep_freed_memory():
+def keep_freed_memory():
     """Let glibc reuse freed arrays: giving them back to the kernel cost two thirds of a rendering process's time."""
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

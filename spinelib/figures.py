@@ -5,11 +5,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+import trimesh
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from spinelib.geometry import PlanarTransform, Projection, move_projection
 from spinelib.levels import COLOURS
+from spinelib.metrics import match_depth
 from spinelib.spine import Curves, Spine
 
 TRUTH, PREDICTED, OTHER = "#0072B2", "#D55E00", "#009E73"
@@ -24,7 +26,30 @@ METHOD_NAMES = {
     "ceiling": "ceiling (true curves)",
 }
 BONE = "#E3D7BF"
+_METHOD_STYLES = {
+    "ours": (PREDICTED, "o", "-"),
+    "ours_this_run": ("#E69F00", "D", "-"),
+    "paper": (TRUTH, "s", "-"),
+    "ceiling": (OTHER, "*", "-"),
+    "ridge": ("#555555", "^", "--"),
+    "nearest": ("#555555", "v", ":"),
+    "mean_curve": ("#888888", "x", "-."),
+    "height_scaled_mean": ("#888888", "+", ":"),
+}
+_MORE_STYLES = (("#CC79A7", "P", "-"), ("#56B4E9", "h", "-"), ("#000000", "d", "-"), ("#F0E442", "p", "-"))
+_COLUMN_NAMES = {
+    "severity": ("true Cobb angle", "degrees"),
+    "age": ("age", "years"),
+    "bmi": ("BMI", "kg/m²"),
+    "cobb_deg": ("Cobb angle", "degrees"),
+    "modified_ferguson_deg": ("Ferguson angle (modified)", "degrees"),
+    "pmc_cobb_deg": ("Cobb angle in the PMC", "degrees"),
+    "pmc_azimuth_deg": ("azimuth of the PMC", "degrees"),
+    "apex_level": ("apex level", "vertebrae"),
+}
+_UNITS = {"deg": "degrees", "mm": "mm", "years": "years"}
 _FACES_PER_VERTEBRA = 2500
+_ROOM_MM = 8.0  # around a 3D scene
 
 
 def use_house_style() -> None:
@@ -46,6 +71,34 @@ def use_house_style() -> None:
     template = go.layout.Template(layout={"font": {"family": "system-ui, sans-serif", "size": 13}})
     pio.templates["spine"] = template
     pio.templates.default = "plotly_white+spine"
+
+
+def method_style(method: str, methods) -> tuple[str, str, str]:
+    """Return colour, marker and line of a method: fixed for known ones, in the order of `methods` for others."""
+    if method in _METHOD_STYLES:
+        return _METHOD_STYLES[method]
+    others = [name for name in methods if name not in _METHOD_STYLES]
+    return _MORE_STYLES[others.index(method) % len(_MORE_STYLES)]
+
+
+def name_and_unit(column: str) -> tuple[str, str]:
+    """Split a column name such as 'lumbar_lordosis_deg' into 'lumbar lordosis' and 'degrees' (or no unit)."""
+    if column in _COLUMN_NAMES:
+        return _COLUMN_NAMES[column]
+    stem, _, ending = column.rpartition("_")
+    name, unit = (stem, _UNITS[ending]) if ending in _UNITS else (column, "")
+    return name.replace("_", " "), unit
+
+
+def with_unit(name: str, unit: str) -> str:
+    """Return the label of an axis; a ratio has no unit."""
+    return f"{name} ({unit})" if unit else name
+
+
+def count_range(counts) -> str:
+    """Return '40', or '38 to 40' where counts differ."""
+    counts = sorted(int(count) for count in counts)
+    return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def projection_axes(axes, image: Projection, channel: str, gamma: float = 1.0, percentile: float = 99.7) -> None:
@@ -90,28 +143,30 @@ def cohort_sheet(images: dict[str, Projection], cobb_deg: pd.Series | None = Non
 def curves_on_image(image: Projection, curves: dict[str, Curves], title: str = "") -> Figure:
     """Return the coronal curves drawn on the DXA and, beside it, the sagittal curves; one colour per source.
 
+    As radiologists look at a spine: the patient's right on the left, anterior on the left.
+
     Parameters
     ----------
     curves : dict of str to Curves
-        For example {'true': ..., 'predicted': ...}; the sagittal depth of each is removed before drawing.
+        For example {'true': ..., 'predicted': ...}. The mean depth of the first is removed, the others are moved
+        to its depth, as for scoring.
     """
-    figure, (front, side) = plt.subplots(1, 2, figsize=(7.2, 5.6), width_ratios=(1.25, 1), sharey=True)
+    figure, (front, side) = plt.subplots(1, 2, figsize=(5.8, 5.8), sharey=True)
     projection_axes(front, image, "bone" if "bone" in image.channels else image.channels[0], gamma=0.8)
-    colours = dict(zip(curves, (TRUTH, PREDICTED, OTHER), strict=False))
-    for name, item in curves.items():
-        for axes, lines in ((front, item.coronal_mm), (side, item.depth_removed().sagittal_mm)):
+    reference = next(iter(curves.values())).depth_removed()
+    # A wide first line stays in sight under the narrow ones that nearly cover it.
+    for (name, item), colour, width in zip(curves.items(), (TRUTH, PREDICTED, OTHER), (2.8, 1.5, 1.5), strict=False):
+        for axes, lines in ((front, item.coronal_mm), (side, match_depth(item, reference).sagittal_mm)):
             for place, line in enumerate(lines):
-                style = {
-                    "color": colours[name],
-                    "lw": 1.6 if place == 1 else 0.9,
-                    "label": name if place == 1 else None,
-                }
-                axes.plot(line, item.heights_mm, **style)
+                thickness, label = (width, name) if place == 1 else (0.6 * width, None)
+                axes.plot(line, item.heights_mm, color=colour, lw=thickness, label=label)
     heights = np.concatenate([c.heights_mm for c in curves.values()])
     centre = np.mean([c.coronal_mm[1].mean() for c in curves.values()])
-    front.set(xlim=(centre + 150, centre - 150), ylim=(heights.min() - 60, heights.max() + 60), title="coronal")
-    side.set(xlim=(110, -110), xlabel="anterior (mm), mean removed", title="sagittal", aspect="equal")
-    side.legend(loc="upper right")
+    front.set(xlim=(centre + 125, centre - 125), ylim=(heights.min() - 60, heights.max() + 60), title="coronal")
+    side.set(xlim=(125, -125), xlabel="anterior (mm), mean removed", title="sagittal", aspect="equal")
+    side.legend(loc="lower left", fontsize=8)
+    _mark_sides(front, "R", "L", "white")
+    _mark_sides(side, "A", "P", "black")
     figure.suptitle(title)
     return figure
 
@@ -130,87 +185,6 @@ def alignment_panels(dxa: Projection, mri: Projection, found: PlanarTransform, t
         axes.set_title(name)
         axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
     figure.suptitle(title)
-    return figure
-
-
-def methods_forest(table: pd.DataFrame, value: str, unit: str, paper=None, title: str = "") -> Figure:
-    """Return means with 95% intervals, one line a method.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns method, mean, ci_low, ci_high, n.
-    value, unit : str
-        Axis label.
-    paper : float or None
-        The published figure, drawn dashed and marked as measured on other data.
-    """
-    table = table.iloc[::-1]
-    figure, axes = plt.subplots(figsize=(6.4, 0.42 * len(table) + 1.2))
-    colours = [PREDICTED if m == "ours" else OTHER if m == "ceiling" else "#555555" for m in table["method"]]
-    for place, (row, colour) in enumerate(zip(table.itertuples(), colours, strict=False)):
-        axes.plot([row.ci_low, row.ci_high], [place, place], color=colour, lw=2.2, solid_capstyle="butt")
-        axes.plot(row.mean, place, "o", color=colour, ms=5)
-        axes.annotate(f"{row.mean:.2f}", (row.ci_high, place), xytext=(6, -3), textcoords="offset points", fontsize=8)
-    axes.set_yticks(range(len(table)), [METHOD_NAMES.get(m, m) for m in table["method"]])
-    if paper is not None:
-        axes.axvline(paper, color="#999999", ls="--", lw=1)
-        axes.annotate(
-            f"published {paper:g} {unit}\n(other data)",
-            (paper, 0.99),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=7,
-            color="#777777",
-            va="top",
-        )
-    label = f"{value} ({unit})" if unit else value
-    axes.set(xlabel=f"{label}, mean and 95% CI, n = {int(table['n'].max())}", title=title)
-    axes.margins(x=0.12)
-    return figure
-
-
-def error_by_height(errors: dict[str, np.ndarray], title: str = "") -> Figure:
-    """Return mean error against height from L5 (0) to T1 (1); each array is (subjects, K), superior first."""
-    figure, axes = plt.subplots(figsize=(4.4, 4.2))
-    greys = iter(np.linspace(0.35, 0.75, max(1, len(errors) - 1)))
-    for name, values in errors.items():
-        colour = PREDICTED if name == "ours" else str(next(greys, 0.5))
-        axes.plot(
-            values.mean(axis=0),
-            np.linspace(1, 0, values.shape[1]),
-            color=colour,
-            label=METHOD_NAMES.get(name, name),
-        )
-    axes.set(xlabel="centre-line error in 3D (mm)", ylabel="height, L5 (0) to T1 (1)", title=title)
-    axes.set_xlim(left=0)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def agreement(truth, predicted, name: str, unit: str = "degrees") -> Figure:
-    """Return predicted against true values and their differences (Bland-Altman), with bias and 95% limits."""
-    truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
-    difference = predicted - truth
-    bias, limit = difference.mean(), 1.96 * difference.std(ddof=1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
-    ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
-    left.plot(ends, ends, color="#999999", lw=1)
-    left.plot(truth, predicted, "o", color=PREDICTED, ms=3.5, alpha=0.7)
-    left.set(xlabel=f"true {name} ({unit})", ylabel=f"predicted {name} ({unit})")
-    right.plot((truth + predicted) / 2, difference, "o", color=PREDICTED, ms=3.5, alpha=0.7)
-    for level, style in ((bias, "-"), (bias - limit, "--"), (bias + limit, "--")):
-        right.axhline(level, color="#555555", ls=style, lw=1)
-        right.annotate(
-            f"{level:+.1f}",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            fontsize=8,
-            va="bottom",
-            ha="right",
-        )
-    right.set(xlabel=f"mean ({unit})", ylabel=f"predicted - true ({unit})")
     return figure
 
 
@@ -243,7 +217,7 @@ def spine_3d(spines: dict[str, Spine] | Spine, title: str = "", height: int = 72
         One spine is drawn with its vertebrae in level colours; several are drawn as columns, one colour each.
     """
     several = spines if isinstance(spines, dict) else {"": spines}
-    figure, points = go.Figure(), []
+    figure = go.Figure()
     for (name, spine), colour in zip(several.items(), (TRUTH, PREDICTED, OTHER), strict=False):
         surfaces = spine.surfaces()
         if len(several) > 1:
@@ -252,28 +226,49 @@ def spine_3d(spines: dict[str, Spine] | Spine, title: str = "", height: int = 72
             surfaces = {level: surfaces[level] for level in spine.levels}
         for label, mesh in surfaces.items():
             tint = colour if len(several) > 1 else COLOURS.get(label, BONE)
-            figure.add_trace(_mesh_trace(mesh, label, tint, 0.55 if len(several) > 1 else 1.0))
-            points.append(mesh.bounds)
-    lower, upper = np.min([p[0] for p in points], axis=0), np.max([p[1] for p in points], axis=0)
+            opacity = 0.55 if len(several) > 1 else 1.0
+            figure.add_trace(mesh_trace(mesh, label, color=tint, opacity=opacity, showlegend=bool(label)))
+    return in_true_proportions(figure, title, height)
+
+
+def in_true_proportions(figure: go.Figure, title: str = "", height: int = 720) -> go.Figure:
+    """Add a 100 mm scale bar to a figure of 3D traces and give a millimetre the same length on every axis."""
+    points = np.concatenate([np.stack([t.x, t.y, t.z], axis=1) for t in figure.data])
+    lower, upper = np.nanmin(points, axis=0), np.nanmax(points, axis=0)  # NaN parts lines
     figure.add_trace(_scale_bar(lower, upper))
-    extent = np.maximum(upper - lower, 1.0)
-    ratio = extent / extent.max() * 1.42
-    hidden = {"visible": False}
+    # Fixed ranges, scale bar included: plotly would stretch what is left when a reader hides a trace.
+    lower, upper = lower - _ROOM_MM, np.maximum(upper, [upper[0] + 12, *upper[1:]]) + _ROOM_MM
+    axes = {
+        f"{axis}axis": {"visible": False, "range": list(ends)} for axis, *ends in zip("xyz", lower, upper, strict=True)
+    }
     figure.update_layout(
         title=title,
         height=height,
         margin={"l": 0, "r": 0, "t": 40 if title else 0, "b": 0},
         scene={
-            "xaxis": hidden,
-            "yaxis": hidden,
-            "zaxis": hidden,
+            **axes,
             # "data" would crop a tall spine: plotly scales by the geometric mean of the extents.
             "aspectmode": "manual",
-            "aspectratio": dict(zip("xyz", ratio, strict=False)),
+            "aspectratio": dict(zip("xyz", (upper - lower) / (upper - lower).max() * 1.42, strict=True)),
             "camera": {"eye": {"x": 1.0, "y": 1.5, "z": 0.25}, "up": {"x": 0, "y": 0, "z": 1}},
         },
     )
     return figure
+
+
+def mesh_trace(mesh: trimesh.Trimesh, name: str, **options) -> go.Mesh3d:
+    """Return a surface in world mm as a plotly trace; `options` are go.Mesh3d's, such as color and opacity."""
+    if len(mesh.faces) > _FACES_PER_VERTEBRA and name in COLOURS:
+        mesh = mesh.simplify_quadric_decimation(face_count=_FACES_PER_VERTEBRA)
+    vertices, faces = np.asarray(mesh.vertices, np.float32), np.asarray(mesh.faces)
+    faces = faces.astype(np.uint16 if len(vertices) < 65536 else np.uint32)
+    style = {
+        "hovertemplate": name + "<br>right %{x:.0f} mm<br>anterior %{y:.0f} mm<br>superior %{z:.0f} mm<extra></extra>",
+        "lighting": {"ambient": 0.45, "diffuse": 0.8, "specular": 0.1, "roughness": 0.8, "fresnel": 0.05},
+        "lightposition": {"x": 6000, "y": 15000, "z": 12000},
+    }
+    corners = dict(zip("xyzijk", (*vertices.T, *faces.T), strict=True))
+    return go.Mesh3d(**corners, name=name, **(style | options))
 
 
 def spine_panels(spine: Spine, title: str = "") -> Figure:
@@ -300,31 +295,15 @@ def spine_panels(spine: Spine, title: str = "") -> Figure:
     return figure
 
 
+def _mark_sides(axes, left, right, colour):
+    for place, letter in ((0.03, left), (0.97, right)):
+        style = {"transform": axes.transAxes, "ha": "left" if place < 0.5 else "right", "weight": "bold"}
+        axes.text(place, 0.985, letter, va="top", color=colour, **style)
+
+
 def _shown_surfaces(spine):
     surfaces = spine.surfaces()
     return {level: surfaces[level] for level in spine.levels} if spine.meshes else surfaces
-
-
-def _mesh_trace(mesh, name, colour, opacity):
-    if len(mesh.faces) > _FACES_PER_VERTEBRA and name in COLOURS:
-        mesh = mesh.simplify_quadric_decimation(face_count=_FACES_PER_VERTEBRA)
-    vertices, faces = np.asarray(mesh.vertices, np.float32), np.asarray(mesh.faces)
-    faces = faces.astype(np.uint16 if len(vertices) < 65536 else np.uint32)
-    return go.Mesh3d(
-        x=vertices[:, 0],
-        y=vertices[:, 1],
-        z=vertices[:, 2],
-        i=faces[:, 0],
-        j=faces[:, 1],
-        k=faces[:, 2],
-        color=colour,
-        opacity=opacity,
-        name=name,
-        showlegend=bool(name),
-        hovertemplate=name + "<br>right %{x:.0f} mm<br>anterior %{y:.0f} mm<br>superior %{z:.0f} mm<extra></extra>",
-        lighting={"ambient": 0.45, "diffuse": 0.8, "specular": 0.1, "roughness": 0.8, "fresnel": 0.05},
-        lightposition={"x": 6000, "y": 15000, "z": 12000},
-    )
 
 
 def _scale_bar(lower, upper):

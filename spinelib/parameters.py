@@ -89,12 +89,9 @@ def read_profile(path: Path) -> dict[str, dict[str, Any]]:
         If the file is absent, is not YAML, or a section is not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+        content = read_yaml(path) or {}
     except FileNotFoundError:
         message = f"no profile {path}. Known here: {', '.join(known_profiles(path.parent)) or 'none'}."
-        raise InputError(message) from None
-    except yaml.YAMLError as error:
-        message = f"{path} is not valid YAML: {error}"
         raise InputError(message) from None
     if not isinstance(content, dict) or any(not isinstance(v, dict | None) for v in content.values()):
         message = f"{path}: expected sections 'common:' and '<notebook>:', each with 'name: value' lines."
@@ -102,9 +99,32 @@ def read_profile(path: Path) -> dict[str, dict[str, Any]]:
     return {str(section): values or {} for section, values in content.items()}
 
 
+def read_yaml(path: Path) -> Any:
+    """Return a YAML file's content; a file that is not YAML raises `InputError`."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        message = f"{path} is not valid YAML: {error}"
+        raise InputError(message) from None
+
+
 def known_profiles(folder: Path) -> list[str]:
     """Return the names of the profiles in a ``params`` folder, sorted."""
-    return sorted(path.stem for path in folder.glob("*.yml"))
+    return sorted(path.stem for path in folder.glob("*.yml") if not is_sweep(path))
+
+
+def known_sweeps(folder: Path) -> list[str]:
+    """Return the names of the sweeps in a ``params`` folder, sorted."""
+    return sorted(path.stem for path in folder.glob("*.yml") if is_sweep(path))
+
+
+def is_sweep(path: Path) -> bool:
+    """Return whether a YAML file lists variants of a run (see `spinelib.sweep`) and is therefore no profile."""
+    try:
+        content = read_yaml(path)
+    except InputError:  # whoever uses the file is told
+        return False
+    return isinstance(content, dict) and "variants" in content
 
 
 def parse_assignments(texts: Iterable[str]) -> dict[str, RawText]:

@@ -1,6 +1,6 @@
 """What a run will do: which notebooks, with which parameters; all checked before anything runs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from spinelib.parameters import (
     checked,
     declared_parameters,
     did_you_mean,
+    is_sweep,
     known_profiles,
+    known_sweeps,
     read_profile,
 )
 from spinelib.record import notebook_sha256, project_root, read_json
@@ -47,14 +49,24 @@ def find_profile(profile: str, notebooks_dir: Path) -> Path:
     InputError
         If there is no such file; the message names those that are there.
     """
-    if profile.endswith((".yml", ".yaml")):
-        path, known = Path(profile), []
-    else:
-        path = notebooks_dir / "params" / f"{profile}.yml"
-        known = known_profiles(path.parent)
-    if not path.is_file():
-        hint = did_you_mean(profile, known) if known else ""
-        message = f"no profile {profile!r}. {hint} Or pass the path of a .yml file."
+    path = _find_yaml("profile", profile, notebooks_dir / "params", known_profiles)
+    if is_sweep(path):
+        message = f"{path} is a sweep, not a profile. Run it with: spinelib run --sweep {profile}"
+        raise InputError(message)
+    return path
+
+
+def find_sweep(sweep: str, notebooks_dir: Path) -> Path:
+    """Return the file of a sweep: a name in ``notebooks/params``, or the path of a YAML file.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it is a profile; the message names the sweeps that are there.
+    """
+    path = _find_yaml("sweep", sweep, notebooks_dir / "params", known_sweeps)
+    if not is_sweep(path):
+        message = f"{path} is not a sweep: it lists no 'variants:'. Run a profile with: spinelib run --profile {sweep}"
         raise InputError(message)
     return path
 
@@ -89,7 +101,7 @@ def plan_run(
     declared = {source.stem: declared_parameters(source) for source in sources}
     sections = read_profile(profile_file)
     _check_sections(sections, declared)
-    _check_known("-p", overrides, [declared[source.stem] for source in selected])
+    _check_known("parameters", overrides, [declared[source.stem] for source in selected])
     plans = []
     for source in sources:
         known = declared[source.stem]
@@ -101,6 +113,17 @@ def plan_run(
         full = {name: parameter.default for name, parameter in known.items()} | values
         plans.append(Plan(source, full, notebook_sha256(source)))
     return [plan for plan in plans if plan.source in selected]
+
+
+def _find_yaml(kind: str, word: str, folder: Path, known_in: Callable[[Path], list[str]]) -> Path:
+    is_path = word.endswith((".yml", ".yaml"))
+    path = Path(word) if is_path else folder / f"{word}.yml"
+    if not path.is_file():
+        known = [] if is_path else known_in(folder)
+        hint = did_you_mean(word, known) if known else ""
+        message = f"no {kind} {word!r}. {hint} Or pass the path of a .yml file."
+        raise InputError(message)
+    return path
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -11,14 +11,15 @@ import errno
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spinelib.errors import InputError, SpinelibError
 from spinelib.execution import execute
-from spinelib.parameters import known_profiles, parse_assignments
+from spinelib.parameters import known_profiles, known_sweeps, parse_assignments
 from spinelib.plan import Plan, find_profile, list_notebooks, plan_run
 from spinelib.record import (
     combined_sha256,
@@ -64,6 +65,42 @@ class Run:
         return self.folder / "notebooks" / f"{name}.ipynb"
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run, checked and not begun: its folder and what every notebook will get."""
+
+    run_id: str
+    folder: Path
+    profile_file: Path
+    plans: list[Plan]
+    root: Path
+
+    def is_done(self) -> bool:
+        """Return whether the folder holds every result of this job, made with today's code and inputs."""
+        record = read_json(self.folder / "run.json", {})
+        if record.get("status") != "done":
+            return False
+        run = Run(self.folder, record | {"package_sha256": package_sha256()})
+        return all(_is_done(run, plan, _key(run, plan, self.root)) for plan in self.plans)
+
+
+def plan_job(
+    profile: str = "laptop",
+    notebooks: Sequence[str] | None = None,
+    parameters: dict[str, Any] | None = None,
+    run_id: str | None = None,
+    reports_dir: str | Path | None = None,
+    notebooks_dir: str | Path | None = None,
+) -> Job:
+    """Return what `run_notebooks` would do with the same arguments; raises `InputError` as it does."""
+    source_dir = Path(notebooks_dir or project_root() / "notebooks").resolve()
+    profile_file = find_profile(profile, source_dir)
+    run_id = run_id or profile_file.stem
+    folder = report_folder(Path(reports_dir or source_dir.parent / "reports").resolve(), run_id)
+    plans = plan_run(source_dir, profile_file, notebooks, parameters or {}, shown(folder, project_root()))
+    return Job(run_id, folder, profile_file, plans, source_dir.parent)
+
+
 def run_notebooks(
     profile: str = "laptop",
     notebooks: Sequence[str] | None = None,
@@ -73,6 +110,7 @@ def run_notebooks(
     reports_dir: str | Path | None = None,
     notebooks_dir: str | Path | None = None,
     say: Callable[[str], None] = print,
+    latest: bool = True,
 ) -> Path:
     """Run notebooks in their order and return the run folder.
 
@@ -94,6 +132,8 @@ def run_notebooks(
         By default ``reports`` and ``notebooks`` of the project.
     say : callable
         Gets one line of progress per notebook.
+    latest : bool
+        Point ``latest`` beside the run folder here when all is done.
 
     Raises
     ------
@@ -103,22 +143,15 @@ def run_notebooks(
     NotebookFailed
         When a notebook stops with an error; what is done stays done.
     """
-    source_dir = Path(notebooks_dir or project_root() / "notebooks").resolve()
-    profile_file = find_profile(profile, source_dir)
-    run_id = run_id or profile_file.stem
-    folder = _run_folder(Path(reports_dir or source_dir.parent / "reports").resolve(), run_id)
-    plans = plan_run(source_dir, profile_file, notebooks, parameters or {}, _shown(folder, project_root()))
-    try:
-        run = _open_run(folder, resume)
-        _describe(run, run_id, profile_file, plans, source_dir.parent)
-        _run_all(run, plans, source_dir.parent, say)
+    job = plan_job(profile, notebooks, parameters, run_id, reports_dir, notebooks_dir)
+    with writing(job.folder):
+        run = _open_run(job.folder, resume)
+        _describe(run, job)
+        _run_all(run, job.plans, job.root, say)
         _publish(run, say)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        message = f"cannot write the run in {folder}: {error.strerror}. Free space or move the project."
-        raise InputError(message) from error
-    return folder
+        if latest:
+            point_latest(job.folder)
+    return job.folder
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -126,10 +159,12 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.list:
         for name, title in list_notebooks():
             print(f"{name:28s} {title}")
-        print("profiles:", ", ".join(known_profiles(project_root() / "notebooks" / "params")))
+        params = project_root() / "notebooks" / "params"
+        print("profiles:", ", ".join(known_profiles(params)))
+        print("sweeps:  ", ", ".join(known_sweeps(params)))
         return 0
     folder = run_notebooks(
-        arguments.profile,
+        arguments.profile or "laptop",
         arguments.notebooks or None,
         parse_assignments(arguments.assignments),
         arguments.run_id,
@@ -139,7 +174,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_folder(reports: Path, run_id: str) -> Path:
+def report_folder(reports: Path, run_id: str) -> Path:
+    """Return the folder of a run under `reports`; a name that cannot be one raises `InputError`."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id) or run_id in ("latest", "reference"):
         message = f"cannot name a run {run_id!r}. "
         message += "Use letters, digits, '.', '_' and '-'; 'latest' and 'reference' are taken."
@@ -147,14 +183,40 @@ def _run_folder(reports: Path, run_id: str) -> Path:
     return reports / run_id
 
 
-def _shown(path: Path, root: Path) -> str:
+def shown(path: Path, root: Path) -> str:
     """Return a path relative to the project where it can be: records then name no home folder."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full or protected disc inside the block into an `InputError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        message = f"cannot write the run in {folder}: {error.strerror}. Free space or move the project."
+        raise InputError(message) from error
+
+
+def point_latest(folder: Path) -> None:
+    """Make ``latest`` a link to this run, or a text file with its name where links are not allowed."""
+    latest, draft = folder.with_name("latest"), folder.with_name(".latest.part")
+    draft.unlink(missing_ok=True)
+    try:
+        draft.symlink_to(folder.name)
+        draft.replace(latest)
+    except OSError:
+        write_text_atomic(latest, folder.name + "\n")
 
 
 def _open_run(folder: Path, resume: bool) -> Run:
     if folder.exists() and not (folder / "run.json").is_file() and any(folder.iterdir()):
         message = f"{folder} exists and is not a run (it has no run.json). Pass another --run-id."
+        raise InputError(message)
+    if "variants" in read_json(folder / "run.json", {}):
+        message = f"{folder} holds a sweep. Pass another --run-id."
         raise InputError(message)
     if not resume and folder.exists():
         shutil.rmtree(folder)
@@ -163,19 +225,19 @@ def _open_run(folder: Path, resume: bool) -> Run:
     return Run(folder, read_json(folder / "run.json", {"notebooks": {}}))
 
 
-def _describe(run: Run, run_id: str, profile: Path, plans: list[Plan], root: Path) -> None:
-    seeds = {plan.parameters["seed"] for plan in plans}
-    inputs = {_shown(profile.resolve(), root): file_sha256(profile)}
-    for plan in plans:
-        inputs |= {_shown(path, root): file_sha256(path) for path in _input_files(plan, root)}
+def _describe(run: Run, job: Job) -> None:
+    seeds = {plan.parameters["seed"] for plan in job.plans}
+    inputs = {shown(job.profile_file.resolve(), job.root): file_sha256(job.profile_file)}
+    for plan in job.plans:
+        inputs |= {shown(path, job.root): file_sha256(path) for path in _input_files(plan, job.root)}
     run.record |= {
-        "run_id": run_id,
+        "run_id": job.run_id,
         "status": "running",
         "started": now(),
         "finished": None,
-        "profile": profile.stem,
+        "profile": job.profile_file.stem,
         "seed": seeds.pop() if len(seeds) == 1 else sorted(seeds),
-        "git": git_state(root),
+        "git": git_state(job.root),
         "machine": machine(),
         "package_sha256": package_sha256(),
         "inputs": inputs,
@@ -246,13 +308,13 @@ def _run_one(run: Run, plan: Plan, key: str, root: Path, say: Callable[[str], No
 def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Return {relative path: (time, size)} of files that belong to one notebook, not to the whole run."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    shown = {path.relative_to(folder).as_posix(): path.stat() for path in files}
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in files}
     ours = re.compile(r"notebooks/.*|run\.json|metrics\.json|index\.html|.*/captions\.json|headline\.txt")
-    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in shown.items() if not ours.fullmatch(name)}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items() if not ours.fullmatch(name)}
 
 
 def _publish(run: Run, say: Callable[[str], None]) -> None:
-    """Merge metrics, write the HTML pages, close the record and point ``latest`` here."""
+    """Merge metrics, write the HTML pages and close the record."""
     from spinelib.offline import notebook_html
     from spinelib.report import run_index
 
@@ -267,7 +329,6 @@ def _publish(run: Run, say: Callable[[str], None]) -> None:
         if not page.is_file() or page.stat().st_mtime_ns < run.executed(name).stat().st_mtime_ns:
             notebook_html(run.executed(name), page)
     run_index(run.folder)
-    _point_latest(run.folder)
     say(f"{'total':28s} {merged['seconds.total']:7.1f} s  {merged['peak_gb']:5.2f} GB")
 
 
@@ -285,14 +346,3 @@ def _merged_metrics(run: Run) -> dict[str, float]:
     merged["seconds.total"] = round(sum(entry["seconds"] for entry in done.values()), 2)
     merged["peak_gb"] = max((entry["peak_gb"] for entry in done.values()), default=0.0)
     return merged
-
-
-def _point_latest(folder: Path) -> None:
-    """Make ``latest`` a link to this run, or a text file with its name where links are not allowed."""
-    latest, draft = folder.with_name("latest"), folder.with_name(".latest.part")
-    draft.unlink(missing_ok=True)
-    try:
-        draft.symlink_to(folder.name)
-        draft.replace(latest)
-    except OSError:
-        write_text_atomic(latest, folder.name + "\n")

@@ -2,7 +2,6 @@
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
@@ -10,6 +9,7 @@ from spinelib import figures
 from spinelib.dress import dressed_spine
 from spinelib.geometry import PlanarGrid, PlanarTransform, Projection
 from spinelib.levels import COLOURS
+from spinelib.metrics import match_depth
 from spinelib.reconstruct import reconstruct
 from spinelib.spine import Curves
 
@@ -53,17 +53,39 @@ def test_curves_are_drawn_where_they_are(image, curves):
     assert abs(np.mean(side.lines[1].get_xdata())) < 1e-9
 
 
-def test_spine_in_3d_keeps_its_proportions_and_level_colours(curves):
+def test_all_curves_are_drawn_at_the_depth_of_the_first(image, curves):
+    shorter = curves.at(curves.heights_mm[20:150]).shifted(anterior_mm=30)
+    side = figures.curves_on_image(image, {"true": curves, "predicted": shorter}).axes[1]
+    assert np.allclose(side.lines[4].get_xdata(), match_depth(shorter, curves.depth_removed()).sagittal_mm[1])
+
+
+def test_curves_lie_as_radiologists_look_at_them(image, curves):
+    for axes, (left, right) in zip(figures.curves_on_image(image, {"true": curves}).axes, ("RL", "AP"), strict=True):
+        assert axes.xaxis_inverted()
+        letters = {text.get_text(): text.get_position()[0] for text in axes.texts}
+        assert letters[left] < letters[right]
+        assert axes.get_aspect() == 1
+        assert "(mm)" in axes.get_xlabel()
+
+
+def test_spine_in_3d_has_level_colours_and_a_scale_bar(curves):
     spine = dressed_spine(curves, spacing_mm=3.0)
     scene = figures.spine_3d(spine)
-    ratio = scene.layout.scene.aspectratio
-    bounds = np.array([m.bounds for m in spine.meshes])
-    extent = bounds[:, 1].max(0) - bounds[:, 0].min(0)
-    assert np.isclose(ratio.z / ratio.x, extent[2] / extent[0])
     assert scene.data[0].name == "T1"
     assert scene.data[0].color == COLOURS["T1"]
     assert len(scene.data) == 17 + 1  # levels and the scale bar
     assert np.isclose(np.diff(scene.data[-1].z)[0], 100)
+
+
+def test_a_millimetre_is_as_long_on_every_axis_scale_bar_included(curves):
+    scene = figures.spine_3d(reconstruct(curves))
+    box, ratio = scene.layout.scene, scene.layout.scene.aspectratio
+    lengths = [np.ptp(axis.range) for axis in (box.xaxis, box.yaxis, box.zaxis)]
+    assert np.allclose(np.divide([ratio.x, ratio.y, ratio.z], lengths) * lengths[2], ratio.z)
+    for trace in scene.data:
+        for values, axis in zip((trace.x, trace.y, trace.z), (box.xaxis, box.yaxis, box.zaxis), strict=True):
+            assert axis.range[0] < np.min(values)
+            assert np.max(values) < axis.range[1]
 
 
 def test_two_spines_are_told_apart(curves):
@@ -82,26 +104,31 @@ def test_dressed_vertebrae_lie_on_the_column(curves):
         assert np.all(pose[:3, 3] < mesh.bounds[1])
 
 
-def test_forest_shows_every_interval_and_marks_the_published_figure():
-    table = pd.DataFrame(
-        {"method": ["ridge", "ours"], "mean": [5.0, 3.0], "ci_low": [4.5, 2.7], "ci_high": [5.5, 3.3], "n": 9}
-    )
-    axes = figures.methods_forest(table, "error", "mm", paper=3.12).axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["ours", "ridge on pixels"]
-    assert any("other data" in t.get_text() for t in axes.texts)
-    assert [2.7, 3.3] in [list(line.get_xdata()) for line in axes.lines]
-
-
-def test_bland_altman_lines_are_bias_and_limits():
-    truth = np.array([10.0, 20, 30, 40])
-    right = figures.agreement(truth, truth + [1, 2, 3, 2], "Cobb angle").axes[1]
-    levels = sorted(line.get_ydata()[0] for line in right.lines if len(set(line.get_ydata())) == 1)
-    assert np.isclose(levels[1], 2.0)
-    assert np.isclose(levels[2] - levels[0], 2 * 1.96 * np.std([1, 2, 3, 2], ddof=1))
-
-
-def test_alignment_and_height_figures_have_their_panels(image):
+def test_alignment_figure_has_its_panels(image):
     mri = Projection(("in_phase",), image.values[:1], image.grid)
     assert len(figures.alignment_panels(image, mri, PlanarTransform()).axes) == 4
-    axes = figures.error_by_height({"mean_curve": np.ones((3, 10)), "ours": np.zeros((3, 10))}).axes[0]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["mean curve", "ours"]
+
+
+def test_known_methods_keep_their_style_and_others_differ():
+    methods = ["mine", "ours", "yours", "paper"]
+    assert figures.method_style("ours", methods) == figures.method_style("ours", ["ours"])
+    assert len({figures.method_style(name, methods) for name in methods}) == 4
+
+
+@pytest.mark.parametrize(
+    ("column", "label"),
+    [
+        ("lumbar_lordosis_deg", "lumbar lordosis (degrees)"),
+        ("apical_translation_mm", "apical translation (mm)"),
+        ("severity", "true Cobb angle (degrees)"),
+        ("sex", "sex"),
+        ("age_band", "age band"),
+    ],
+)
+def test_labels_of_columns_have_their_unit(column, label):
+    assert figures.with_unit(*figures.name_and_unit(column)) == label
+
+
+def test_counts_are_one_number_or_a_range():
+    assert figures.count_range([40, 40]) == "40"
+    assert figures.count_range(n for n in (41, 38)) == "38 to 41"

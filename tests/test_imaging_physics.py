@@ -43,13 +43,13 @@ TISSUE_PARTS = {
 }
 
 
-def oracle(composition):
+def oracle(composition, energies_kev=physics.ENERGIES_KEV):
     """Mass attenuation (cm2/g) at 40 and 70 keV from the elements."""
     total = sum(composition.values())
     return np.array(
         [
             sum(share / total * xraydb.mu_elam(element, 1000.0 * kev) for element, share in composition.items())
-            for kev in physics.ENERGIES_KEV
+            for kev in energies_kev
         ]
     )
 
@@ -70,6 +70,17 @@ def test_attenuation_follows_from_the_elements(tissue):
 )
 def test_mineral_water_and_titanium_follow_from_the_elements(frozen, composition):
     np.testing.assert_allclose(frozen, oracle(composition), rtol=0.005)
+
+
+@pytest.mark.parametrize("beam", [physics.CERIUM, physics.SAMARIUM])
+def test_every_beam_follows_from_the_elements(beam):
+    for tissue, parts in TISSUE_PARTS.items():
+        truth = np.mean([oracle(part, beam.energies_kev) for part in parts], axis=0)
+        np.testing.assert_allclose(beam.tissue_cm2_g[tissue], truth, rtol=0.005, err_msg=tissue)
+    np.testing.assert_allclose(beam.mineral_cm2_g, oracle(MINERAL, beam.energies_kev), rtol=0.005)
+    np.testing.assert_allclose(beam.titanium_cm2_g, oracle({"Ti": 1.0}, beam.energies_kev), rtol=0.005)
+    ratios = [np.divide(*beam.linear_per_cm(tissue)) for tissue in physics.TISSUES]
+    assert beam.soft_ratios[0] < min(ratios) and max(ratios) < beam.soft_ratios[1] < 1.05 * max(ratios)
 
 
 @pytest.mark.parametrize("tissue", physics.TISSUES)

@@ -5,18 +5,19 @@ J_low / J_high of the soft tissue in a pixel, bone = (J_low - R J_high) / (b_low
 mass attenuation of mineral.
 """
 
+from functools import cache
+
 import numpy as np
 from scipy import ndimage
 
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, Projection, Volume
 from spinelib.imaging.physics import (
-    MINERAL_CM2_G,
+    CERIUM,
     MINERAL_DENSITY_G_CM3,
     TISSUE_TABLE,
-    TITANIUM_CM2_G,
     WATER_CM2_G,
-    lookup,
+    Beam,
     mineral_hounsfield_per_g_cm3,
     mineral_net_cm2_g,
     path_array,
@@ -26,10 +27,11 @@ from spinelib.imaging.readers import straightened
 PIXEL_MM = (3.0, 2.4)  # total-body raster: row pitch, column pitch
 DOSE_PHOTONS_MM2 = 2.2e4  # per energy in air; leaves about 40 (low) and 300 (high) behind 22 cm of soft tissue
 _BODY_J_HIGH = 0.3  # about 15 mm of tissue
+_BLIND_PHOTONS = 10  # fewer, at the low energy, cannot be decomposed
 
 
-def dual_energy(path_mm, mineral_g_cm2=None, metal_g_cm2=None) -> tuple[np.ndarray, np.ndarray]:
-    """Line integrals of attenuation at 40 and 70 keV.
+def dual_energy(path_mm, mineral_g_cm2=None, metal_g_cm2=None, beam: Beam = CERIUM) -> tuple[np.ndarray, np.ndarray]:
+    """Line integrals of attenuation at the two energies of a beam, 40 and 70 keV by default.
 
     Parameters
     ----------
@@ -39,32 +41,33 @@ def dual_energy(path_mm, mineral_g_cm2=None, metal_g_cm2=None) -> tuple[np.ndarr
         Areal mineral (hydroxyapatite) density; the 'mineral' entry of `path_mm` when not given, else none.
     metal_g_cm2 : ndarray, shape (rows, cols), optional
         Areal density of titanium.
+    beam : Beam
 
     Returns
     -------
     j_low, j_high : ndarray, shape (rows, cols), dimensionless
     """
     tissues, lengths = path_array(path_mm)
-    linear = np.stack([lookup(t).linear_per_cm for t in tissues], axis=1)
+    linear = np.stack([beam.linear_per_cm(t) for t in tissues], axis=1)
     attenuation = np.tensordot(linear, lengths / 10, axes=1)
     mineral = path_mm.get("mineral", 0.0) if mineral_g_cm2 is None else mineral_g_cm2
-    attenuation += np.array(MINERAL_CM2_G)[:, None, None] * np.asarray(mineral, float)
+    attenuation += np.array(beam.mineral_cm2_g)[:, None, None] * np.asarray(mineral, float)
     if metal_g_cm2 is not None:
-        attenuation += np.array(TITANIUM_CM2_G)[:, None, None] * metal_g_cm2
+        attenuation += np.array(beam.titanium_cm2_g)[:, None, None] * metal_g_cm2
     return attenuation[0], attenuation[1]
 
 
-def soft_ratio(path_mm) -> np.ndarray:
+def soft_ratio(path_mm, beam: Beam = CERIUM) -> np.ndarray:
     """Return the true soft-tissue ratio R = J_low / J_high of known path lengths, shape (rows, cols).
 
     Pixels without tissue get muscle's ratio.
     """
-    low, high = dual_energy(path_mm, mineral_g_cm2=0.0)
-    low_muscle, high_muscle = TISSUE_TABLE["muscle"].linear_per_cm
+    low, high = dual_energy(path_mm, mineral_g_cm2=0.0, beam=beam)
+    low_muscle, high_muscle = beam.linear_per_cm("muscle")
     return np.where(high > 0, low / np.maximum(high, 1e-12), low_muscle / high_muscle)
 
 
-def decompose(j_low, j_high, ratio=None, pixel_mm=PIXEL_MM) -> tuple[np.ndarray, np.ndarray]:
+def decompose(j_low, j_high, ratio=None, pixel_mm=PIXEL_MM, beam: Beam = CERIUM) -> tuple[np.ndarray, np.ndarray]:
     """Split two line integrals into bone and soft tissue (R-value method).
 
     With the true `ratio` the noise-free inversion is exact. Without it the ratio is estimated as a scanner
@@ -79,6 +82,7 @@ def decompose(j_low, j_high, ratio=None, pixel_mm=PIXEL_MM) -> tuple[np.ndarray,
         Soft-tissue ratio R; estimated when not given.
     pixel_mm : tuple of float
         Row and column pitch, used by the estimate.
+    beam : Beam
 
     Returns
     -------
@@ -91,12 +95,21 @@ def decompose(j_low, j_high, ratio=None, pixel_mm=PIXEL_MM) -> tuple[np.ndarray,
     if j_low.shape != j_high.shape or j_low.ndim != 2:
         message = f"decompose needs two images of one shape (rows, cols), given {j_low.shape} and {j_high.shape}."
         raise InputError(message)
-    ratio = _local_ratio(j_low, j_high, pixel_mm) if ratio is None else ratio
-    bone = _bone(j_low, j_high, ratio)
-    return bone, j_high - MINERAL_CM2_G[1] * bone
+    ratio = _local_ratio(j_low, j_high, pixel_mm, beam) if ratio is None else ratio
+    bone = _bone(j_low, j_high, ratio, beam)
+    return bone, j_high - beam.mineral_cm2_g[1] * bone
 
 
-def dxa_image(path_mm, grid: PlanarGrid, rng, dose=DOSE_PHOTONS_MM2, line_gain=0.01, metal_g_cm2=None) -> Projection:
+def dxa_image(
+    path_mm,
+    grid: PlanarGrid,
+    rng,
+    dose=DOSE_PHOTONS_MM2,
+    line_gain=0.01,
+    metal_g_cm2=None,
+    beam: Beam = CERIUM,
+    blur_mm=0.0,
+) -> Projection:
     """Total-body DXA image of known anatomy.
 
     Parameters
@@ -111,14 +124,26 @@ def dxa_image(path_mm, grid: PlanarGrid, rng, dose=DOSE_PHOTONS_MM2, line_gain=0
     line_gain : float
         Standard deviation of the gain from raster line to raster line.
     metal_g_cm2 : ndarray, shape (rows, cols), optional
-        Titanium implants.
+        Titanium implants. Where they let through next to no photons, bone is shown as the densest of the image.
+    beam : Beam
+    blur_mm : float
+        Standard deviation of the Gaussian that stands for focus, detector and motion; it acts on the intensity.
 
     Returns
     -------
     Projection
         Channels 'bone' (areal mineral, g/cm2) and 'tissue' (high-energy attenuation, dimensionless).
     """
-    return _as_projection(dual_energy(path_mm, metal_g_cm2=metal_g_cm2), grid, rng, dose, line_gain)
+    attenuation = dual_energy(path_mm, metal_g_cm2=metal_g_cm2, beam=beam)
+    if blur_mm > 0:
+        sigma = [blur_mm / pitch for pitch in grid.spacing_mm]
+        attenuation = [-np.log(ndimage.gaussian_filter(np.exp(-j), sigma)) for j in attenuation]
+    image = _as_projection(attenuation, grid, rng, dose, line_gain, beam)
+    if metal_g_cm2 is not None and rng is not None:
+        photons = dose * np.prod(grid.spacing_mm) * np.exp(-attenuation[0])
+        bone = image.values[0]
+        bone[(photons < _BLIND_PHOTONS) & (metal_g_cm2 > 0)] = bone.max()
+    return image
 
 
 def dxa_from_ct(volume: Volume, rng=None, pixel_mm=PIXEL_MM) -> Projection:
@@ -163,16 +188,16 @@ def dxa_from_ct(volume: Volume, rng=None, pixel_mm=PIXEL_MM) -> Projection:
 # --- decomposition ---
 
 
-def _bone(j_low, j_high, ratio):
-    low, high = MINERAL_CM2_G
+def _bone(j_low, j_high, ratio, beam):
+    low, high = beam.mineral_cm2_g
     return (j_low - ratio * j_high) / (low - ratio * high)
 
 
-def _as_projection(attenuation, grid, rng, dose, line_gain):
+def _as_projection(attenuation, grid, rng, dose, line_gain, beam=CERIUM):
     """Add noise, decompose, and wrap."""
     if rng is not None:
         attenuation = [_counted(j, grid, rng, dose, line_gain) for j in attenuation]
-    bone, _ = decompose(*attenuation, pixel_mm=grid.spacing_mm)
+    bone, _ = decompose(*attenuation, pixel_mm=grid.spacing_mm, beam=beam)
     values = np.stack([bone, attenuation[1]]).astype(np.float32)
     return Projection(("bone", "tissue"), values, grid)
 
@@ -185,22 +210,22 @@ def _counted(j, grid, rng, dose, line_gain):
     return -np.log(np.maximum(counts, 1) / in_air)
 
 
-def _local_ratio(j_low, j_high, pixel_mm):
+def _local_ratio(j_low, j_high, pixel_mm, beam):
     """Soft-tissue ratio in every pixel from the bone-free pixels around it."""
     body = j_high > _BODY_J_HIGH
     if not body.any():
-        return np.full(j_high.shape, soft_ratio({"muscle": np.ones((1, 1))})[0, 0])
+        return np.full(j_high.shape, soft_ratio({"muscle": np.ones((1, 1))}, beam)[0, 0])
     smooth = [_masked_mean(j, body, 4.0, pixel_mm) for j in (j_low, j_high)]
     ratio = smooth[0] / smooth[1]
     nearest = ndimage.distance_transform_edt(~body, sampling=pixel_mm, return_distances=False, return_indices=True)
     window = [int(110 / p) | 1 for p in pixel_mm]  # wider than a spine with its transverse processes
     estimate = ndimage.grey_opening(ratio[tuple(nearest)], window)
     for limit in (0.15, 0.08, 0.08):
-        soft = body & (_bone(*smooth, estimate) < limit)
+        soft = body & (_bone(*smooth, estimate, beam) < limit)
         if not soft.any():
             break
         estimate = _local_plane(j_low / np.maximum(j_high, 1e-6), soft, pixel_mm)
-    return np.clip(estimate, 1.15, 1.50)  # beyond pure fat and pure cartilage nothing soft exists
+    return np.clip(estimate, *beam.soft_ratios)
 
 
 def _masked_mean(values, mask, sigma_mm, pixel_mm):
@@ -211,24 +236,48 @@ def _masked_mean(values, mask, sigma_mm, pixel_mm):
 
 
 def _local_plane(values, mask, pixel_mm):
-    """Fit a weighted plane around every pixel; a wide kernel helps where the narrow one sees little."""
+    """Fit a weighted plane around every pixel; a wide kernel helps where the narrow one sees little.
+
+    Planes change over tens of millimetres: they are fitted at about every fourth pixel and interpolated.
+    """
     rows, cols = np.meshgrid(*[np.linspace(-1, 1, n) for n in values.shape], indexing="ij")
     basis = np.stack([np.ones_like(rows), rows, cols])
-    normal, right = np.zeros((3, 3, *values.shape)), np.zeros((3, *values.shape))
+    mean = float(values[mask].mean())  # fit the departure from it, so that the ridge pulls towards the mean
+    weight = mask.astype(float)
+    products = [weight * basis[i] * basis[j] for i, j in _PAIRS]
+    products += [weight * np.where(mask, values - mean, 0) * b for b in basis]
+    sums = np.zeros((len(products), *(len(_plane_places(n)) for n in values.shape)))
     for sigma_mm, share in ((18.0, 1.0), (60.0, 1e-3)):
-        sigma = [sigma_mm / p for p in pixel_mm]
-        for i in range(3):
-            weighted = np.where(mask, basis[i] * share, 0.0)
-            right[i] += ndimage.gaussian_filter(weighted * np.where(mask, values, 0.0), sigma)
-            for j in range(i, 3):
-                normal[i, j] += ndimage.gaussian_filter(weighted * basis[j], sigma)
-    for i, j in ((1, 0), (2, 0), (2, 1)):
-        normal[i, j] = normal[j, i]
-    mean = values[mask].mean()
-    right -= mean * normal[0]  # fit the departure from the mean, so that the ridge pulls towards the mean
-    lhs = np.moveaxis(normal, (0, 1), (-2, -1)) + 1e-9 * np.eye(3)
-    plane = np.linalg.solve(lhs, np.moveaxis(right, 0, -1)[..., None])[..., 0]
-    return mean + np.sum(plane * np.moveaxis(basis, 0, -1), axis=-1)
+        down, across = (_gaussian_rows(n, sigma_mm / p) for n, p in zip(values.shape, pixel_mm, strict=True))
+        sums += share * (down @ np.stack(products) @ across.T)
+    normal = np.zeros((*sums.shape[1:], 3, 3))
+    for (i, j), total in zip(_PAIRS, sums, strict=False):
+        normal[..., i, j] = normal[..., j, i] = total
+    plane = np.linalg.solve(normal + 1e-9 * np.eye(3), np.moveaxis(sums[len(_PAIRS) :], 0, -1)[..., None])[..., 0]
+    down, across = (_linear_rows(n) for n in values.shape)
+    return mean + np.sum(down @ np.moveaxis(plane, -1, 0) @ across.T * basis, axis=0)
+
+
+_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+
+
+def _plane_places(count):
+    """About every fourth place, evenly from border to border, so that a mirrored image is treated alike."""
+    return np.linspace(0, count - 1, -(-count // 4))
+
+
+@cache
+def _gaussian_rows(count, sigma):
+    """Gaussian weights of all places around the sampled ones, (n / 4, n); nothing is assumed beyond the border."""
+    distance = (np.arange(count) - _plane_places(count)[:, None]) / sigma
+    return np.exp(-0.5 * distance**2) / (sigma * np.sqrt(2 * np.pi))
+
+
+@cache
+def _linear_rows(count):
+    """Linear interpolation from the sampled places to all of them as a matrix (n, n / 4)."""
+    places = _plane_places(count)
+    return np.stack([np.interp(np.arange(count), places, unit) for unit in np.eye(len(places))], axis=1)
 
 
 # --- CT ---

@@ -65,6 +65,60 @@ TITANIUM_CM2_G = (2.2126, 0.5361)
 MARROW_FAT_OF_TABLE = 0.45  # proton-density fat fraction behind the marrow row, about 60 years
 
 
+@dataclass(frozen=True)
+class Beam:
+    """Mass attenuation, cm2/g, at the two effective energies of a dual-energy scanner.
+
+    Attributes
+    ----------
+    energies_kev : tuple of float
+        Low and high.
+    tissue_cm2_g : dict of str to tuple of float
+        One entry per tissue of `TISSUES`.
+    mineral_cm2_g, titanium_cm2_g : tuple of float
+    soft_ratios : tuple of float
+        Least and largest ratio low / high that soft tissue can show: a tenth under pure fat, just over cartilage.
+    """
+
+    energies_kev: tuple[float, float]
+    tissue_cm2_g: dict[str, tuple[float, float]]
+    mineral_cm2_g: tuple[float, float]
+    titanium_cm2_g: tuple[float, float]
+    soft_ratios: tuple[float, float]
+
+    def linear_per_cm(self, tissue: str) -> np.ndarray:
+        """Linear attenuation at the two energies, shape (2,), 1/cm."""
+        return lookup(tissue).density_g_cm3 * np.array(self.tissue_cm2_g[tissue])
+
+
+CERIUM = Beam(
+    ENERGIES_KEV,
+    {name: tissue.attenuation_cm2_g for name, tissue in TISSUE_TABLE.items()},
+    MINERAL_CM2_G,
+    TITANIUM_CM2_G,
+    (1.15, 1.50),
+)
+"""The beam of the table above: 80 kV behind cerium."""
+
+SAMARIUM = Beam(
+    (47, 80),
+    {
+        "lung": (0.2367, 0.1826),
+        "adipose": (0.2186, 0.1800),
+        "muscle": (0.2357, 0.1823),
+        "organ": (0.2361, 0.1824),
+        "blood": (0.2376, 0.1827),
+        "disc": (0.2443, 0.1832),
+        "marrow": (0.2225, 0.1804),
+        "canal": (0.2378, 0.1836),
+    },
+    (0.6729, 0.2589),
+    (1.4285, 0.4053),
+    (1.09, 1.37),
+)
+"""Another maker's beam: 100 kV behind samarium, the same compositions and cross sections."""
+
+
 def mineral_net_cm2_g() -> np.ndarray:
     """Mass attenuation of mineral less that of the marrow it displaces, shape (2,), cm2/g.
 

@@ -111,8 +111,8 @@ def find_landmarks(subject: Subject) -> Landmarks:
     spine_right, spine_anterior = _spine_lines(subject)
     pelvis = _pelvis_pose(subject, scale)
     hips = np.array([pelvis @ [side * 88.0 * scale, 0, 0, 1] for side in SIDES])[:, :3]
-    notch, xiphoid = _sternum_line(levels, spine_right, scale)
-    width = scale * rng.normal(1.0, 0.03)
+    notch, xiphoid = _sternum_line(levels, spine_right, scale, subject.family.chest_depth)
+    width = subject.family.chest_width * scale * rng.normal(1.0, 0.03)
     rings = tuple(
         _rib_ring(subject, index, int(level[1:]), width, scale, notch, xiphoid)
         for index, level in enumerate(subject.levels)
@@ -161,14 +161,14 @@ def _pelvis_pose(subject: Subject, scale: float) -> np.ndarray:
     return pose
 
 
-def _sternum_line(levels, spine_right, scale) -> tuple[np.ndarray, np.ndarray]:
+def _sternum_line(levels, spine_right, scale, depth) -> tuple[np.ndarray, np.ndarray]:
     """Jugular notch (T2/T3) and xiphisternal joint, 150 mm of bone apart."""
     upper, lower = _centre(levels, "T2", "T3"), _centre(levels, "T8", "T9")
     top, bottom = upper[2] - 4.0 * scale, upper[2] - 152.0 * scale
     middle = gaussian_filter1d(spine_right, 20)
     right = 0.5 * np.interp([top, bottom], _HEIGHTS_MM, middle)
-    notch = np.array([right[0], upper[1] + 66.0 * scale, top])
-    xiphoid = np.array([right[1], max(lower[1] + 128.0 * scale, notch[1] + 12.0 * scale), bottom])
+    notch = np.array([right[0], upper[1] + 66.0 * depth * scale, top])
+    xiphoid = np.array([right[1], max(lower[1] + 128.0 * depth * scale, notch[1] + 12.0 * scale), bottom])
     return notch, xiphoid
 
 
@@ -183,7 +183,7 @@ def _rib_ring(subject, index, number, width, scale, notch, xiphoid) -> RibRing:
     tubercles = [pose @ [s * reach, -depth / 2 - 10.0, 0.12 * height, 1] for s in SIDES]
     heads, tubercles = np.array(heads)[:, :3], np.array(tubercles)[:, :3]
     back = tubercles[:, 1].mean() - (2.0 if number == 1 else 11.0) * scale
-    half_width, drop = _RIB_HALF_WIDTH_MM[row] * width, _RIB_DROP_MM[row] * scale
+    half_width, drop = _RIB_HALF_WIDTH_MM[row] * width, subject.family.rib_drop * _RIB_DROP_MM[row] * scale
     reached = np.clip((notch[2] - tubercles[:, 2].mean() + drop) / (notch[2] - xiphoid[2]), 0.0, 1.0)
     front = notch[1] + reached * (xiphoid[1] - notch[1]) - 4.0
     yaw = 0.6 * np.degrees(np.arctan2(pose[1, 0], pose[0, 0]))

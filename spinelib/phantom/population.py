@@ -7,7 +7,6 @@ means come from `morphometry.csv` (male means, spreads, female factors, sources)
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from spinelib.errors import InputError
 from spinelib.levels import VERTEBRAE
 from spinelib.phantom import posture as sagittal
 from spinelib.phantom import scoliosis
+from spinelib.phantom.family import STANDARD, Family, morphometry
 from spinelib.phantom.posture import Anatomy, Pelvis, Sagittal
 from spinelib.phantom.scoliosis import ScoliosisCurve
 
@@ -37,7 +37,6 @@ DIM_NAMES = (
 )
 
 _ALL_LEVELS = (*VERTEBRAE[:19], "T13", *VERTEBRAE[19:], "L6")
-_MODEL_OF = {"T13": "T12", "L6": "L5"}
 _POSITIONS = np.array([{"T13": 18.5, "L6": 24.0}.get(v) or VERTEBRAE.index(v) for v in _ALL_LEVELS])
 _VARIANT_RATES = {"L6": 0.04, "sacralised": 0.04, "T13": 0.03}
 _SACRUM_COLUMNS = {"width": "endplate_w_sup_mm", "depth": "endplate_d_mm"}
@@ -69,6 +68,11 @@ class Subject:
         `osteophyte_mm` and `fracture_fraction` (anterior height lost), or empty.
     is_mirrored : bool
         Whether asymmetric shape details must be mirrored too.
+    family : Family
+    arms : tuple of bool
+        Whether the right and the left arm are there (or in the field of view).
+    fused : tuple of str
+        Levels that carry pedicle screws on two rods.
     """
 
     seed: int
@@ -90,6 +94,9 @@ class Subject:
     shape_seed: int
     degeneration: dict[str, np.ndarray] = field(default_factory=dict)
     is_mirrored: bool = False
+    family: Family = STANDARD
+    arms: tuple[bool, bool] = (True, True)
+    fused: tuple[str, ...] = ()
 
     def index(self, level: str) -> int:
         """Position of `level` in every per-level array."""
@@ -108,6 +115,7 @@ def sample_subject(
     curves: str | Sequence[ScoliosisCurve] | None = None,
     degenerative: bool = False,
     variants: bool = True,
+    family: Family = STANDARD,
 ) -> Subject:
     """Draw one person; the same arguments give the same person to the last bit.
 
@@ -130,6 +138,8 @@ def sample_subject(
     variants : bool
         Six or four lumbar vertebrae (8 %), or 13 thoracic (3 %). A variant without a level that `curves`
         names is passed over.
+    family : Family
+        The population drawn from.
 
     Returns
     -------
@@ -147,12 +157,12 @@ def sample_subject(
     _check_request(seed, sex, age_years, posture, curves)
     streams = dict(zip(_STREAMS, np.random.SeedSequence(seed).spawn(len(_STREAMS)), strict=True))
     rng = {name: np.random.default_rng(stream) for name, stream in streams.items()}
-    person, size = _draw_person(rng["person"], sex, age_years)
+    person, size = _draw_person(rng["person"], sex, age_years, family)
     levels = _draw_levels(rng["variant"], variants, curves)
     by_posture = _resolve_curves(rng["curves"], curves, levels)
     anatomy = _draw_anatomy(rng["size"], person, size, levels)
     degeneration = _degenerate(rng["degeneration"], anatomy, person) if degenerative else {}
-    pelvis = sagittal.sample_pelvis(rng["pelvis"], by_posture[0], anatomy)
+    pelvis = sagittal.sample_pelvis(rng["pelvis"], by_posture[0], anatomy, family)
     profiles = sagittal.solve_postures(pelvis, anatomy, by_posture[0])
     poses = sagittal.place(rng["balance"], anatomy, profiles, pelvis, by_posture)
     which = sagittal.POSTURES.index(posture)
@@ -185,6 +195,7 @@ def mirrored(subject: Subject) -> Subject:
         dims=subject.dims | {"coronal_wedge_deg": wedge},
         curves=tuple(curve.mirrored() for curve in subject.curves),
         is_mirrored=not subject.is_mirrored,
+        arms=subject.arms[::-1],
     )
 
 
@@ -197,14 +208,6 @@ def describe(subjects: Iterable[Subject]) -> pd.DataFrame:
         row |= {"n_curves": len(subject.curves), "apex": subject.apex, "levels": len(subject.levels)}
         rows.append(row | {"arc_t1_l5_mm": _arc_length(subject)})
     return pd.DataFrame(rows)
-
-
-@cache
-def morphometry() -> pd.DataFrame:
-    """Return the per-level table, rows C1 to L5, S1 and the copies that stand for 'T13' and 'L6'."""
-    table = pd.read_csv(Path(__file__).with_name("morphometry.csv")).set_index("level")
-    copies = table.loc[list(_MODEL_OF.values())].set_axis(list(_MODEL_OF))
-    return pd.concat([table, copies])
 
 
 def _check_request(seed: int, sex: str | None, age_years: float | None, posture: str, curves: object) -> None:
@@ -226,7 +229,7 @@ def _check_request(seed: int, sex: str | None, age_years: float | None, posture:
         raise InputError(message)
 
 
-def _draw_person(rng: np.random.Generator, sex: str | None, age_years: float | None) -> tuple[dict, float]:
+def _draw_person(rng: np.random.Generator, sex: str | None, age_years: float | None, family: Family) -> tuple:
     """Person-level fields and the common size factor (ln SD 0.042, r 0.7 with stature)."""
     is_female, z = rng.random() < 0.52, rng.standard_normal(6)
     sex = sex or ("F" if is_female else "M")
@@ -234,16 +237,11 @@ def _draw_person(rng: np.random.Generator, sex: str | None, age_years: float | N
     age = float(np.clip(64 + 7.7 * z[0], 45, 82)) if age_years is None else float(age_years)
     mean, sd = (1630.0, 62.0) if female else (1760.0, 66.0)
     stature = mean + sd * (0.7 * z[1] + np.sqrt(1 - 0.49) * z[2])
-    bmi = np.clip((26 + 4.8 * z[3]) if female else (27 + 4.0 * z[3]), 18, 42)
+    bmi = np.clip(family.bmi + (26 + 4.8 * z[3] if female else 27 + 4.0 * z[3]), 18, 42)
     fat = np.clip((0.38 if female else 0.29) + 0.06 * (0.7 * z[3] + np.sqrt(1 - 0.49) * z[4]), 0.12, 0.52)
     density = np.clip(1 + 0.13 * z[5] - (0.006 if female else 0.003) * (age - 64), 0.5, 1.6)
-    person = {
-        "sex": sex,
-        "age_years": age,
-        "stature_mm": float(np.clip(stature, 1450, 2000)),
-        "bmi": float(bmi),
-    }
-    person |= {"fat_fraction": float(fat), "bone_density": float(density)}
+    person = {"sex": sex, "age_years": age, "stature_mm": float(np.clip(stature, 1450, 2000)), "family": family}
+    person |= {"bmi": float(bmi), "fat_fraction": float(fat), "bone_density": float(density)}
     return person, float(np.exp(0.042 * np.clip(z[1], -2.9, 2.9)))
 
 
@@ -277,27 +275,31 @@ def _resolve_curves(
 
 def _draw_anatomy(rng: np.random.Generator, person: dict, size: float, levels: tuple[str, ...]) -> Anatomy:
     """Table means times sex factors times separate Gaussian processes along the spine, one per quantity."""
-    table, female = morphometry().loc[list(_ALL_LEVELS)], person["sex"] == "F"
+    table, female, family = morphometry().loc[list(_ALL_LEVELS)], person["sex"] == "F", person["family"]
     height, width, canal, tp, disc = (
         table[f"fm_{key}"].to_numpy() if female else 1.0 for key in ("height", "width", "canal", "tp", "disc")
     )
-    height = height * size * _field(rng, 0.045, 0.02, 5)
+    height = family.body_height * height * size * _field(rng, 0.045, 0.02, 5)
     breadth = size**0.8 * _field(rng, 0.055, 0.025, 6)
-    canal = canal * (canal_field := _field(rng, 0.075, 0.03, 6))
+    canal = family.canal * canal * (canal_field := _field(rng, 0.075, 0.03, 6))
     pedicle, tp_field = _field(rng, 0.15, 0.05, 5), size**0.8 * _field(rng, 0.06, 0.03, 4)
-    spinous = tp_field**0.5 * _field(rng, 0.05, 0.03, 4)
-    disc = disc * _field(rng, 0.13, 0.05, 4) * np.exp(-0.002 * max(0.0, person["age_years"] - 60))
+    spinous = family.spinous_length * tp_field**0.5 * _field(rng, 0.05, 0.03, 4)
+    disc = family.disc_height * disc * _field(rng, 0.13, 0.05, 4) * np.exp(-0.002 * max(0.0, person["age_years"] - 60))
     mean = {name: table[name].to_numpy(float) for name in table.columns if name.endswith("_mm")}
     plate = (mean["endplate_w_sup_mm"] + mean["endplate_w_inf_mm"]) / 2
     full = {
         "height_anterior_mm": mean["body_h_ant_mm"] * height,
         "height_posterior_mm": mean["body_h_post_mm"] * height,
-        "endplate_width_mm": plate * width * breadth,
-        "endplate_depth_mm": mean["endplate_d_mm"] * width * breadth * np.exp(0.03 * rng.standard_normal(len(plate))),
+        "endplate_width_mm": family.endplate_width * plate * width * breadth,
+        "endplate_depth_mm": family.endplate_depth
+        * mean["endplate_d_mm"]
+        * width
+        * breadth
+        * np.exp(0.03 * rng.standard_normal(len(plate))),
         "canal_width_mm": mean["canal_w_mm"] * canal,
         "canal_depth_mm": mean["canal_d_mm"] * canal / canal_field**0.1,
-        "pedicle_width_mm": np.maximum(mean["pedicle_w_mm"] * width * pedicle, 3.2),
-        "tp_span_mm": mean["tp_span_mm"] * tp * tp_field,
+        "pedicle_width_mm": np.maximum(family.pedicle_width * mean["pedicle_w_mm"] * width * pedicle, 3.2),
+        "tp_span_mm": family.transverse_span * mean["tp_span_mm"] * tp * tp_field,
         "spinous_length_mm": mean["spinous_len_from_post_wall_mm"] * width * spinous,
         "spinous_drop_mm": mean["spinous_tip_drop_mm"] * height,
         "disc_below_mm": mean["disc_below_h_mm"] * disc,
@@ -308,7 +310,8 @@ def _draw_anatomy(rng: np.random.Generator, person: dict, size: float, levels: t
     wedge[:2] = 0.0
     s1 = morphometry().loc["S1"]
     factor = (s1["fm_width"] if female else 1.0) * breadth[-2]
-    sacrum = {f"endplate_{k}_mm": float(s1[c] * factor) for k, c in _SACRUM_COLUMNS.items()}
+    plates = {"width": factor * family.endplate_width, "depth": factor * family.endplate_depth}
+    sacrum = {f"endplate_{k}_mm": float(s1[c] * plates[k]) for k, c in _SACRUM_COLUMNS.items()}
     keep = [_ALL_LEVELS.index(level) for level in levels]
     return Anatomy(levels, {k: v[keep] for k, v in full.items()}, wedge[keep], np.zeros(len(keep)), sacrum)
 

@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 
 from spinelib.errors import InputError
 from spinelib.phantom import scoliosis
+from spinelib.phantom.family import STANDARD, Family
 from spinelib.phantom.scoliosis import ScoliosisCurve
 
 POSTURES = ("supine", "standing")
@@ -98,7 +99,7 @@ class Sagittal:
 
 
 def sample_pelvis(
-    rng: np.random.Generator, curves: Sequence[ScoliosisCurve], anatomy: Anatomy
+    rng: np.random.Generator, curves: Sequence[ScoliosisCurve], anatomy: Anatomy, family: Family = STANDARD
 ) -> tuple[Pelvis, Pelvis]:
     """Draw one person's supine and standing targets from the same numbers.
 
@@ -112,10 +113,10 @@ def sample_pelvis(
     supine, standing : Pelvis
     """
     draw = rng.standard_normal(9)
-    incidence = float(np.clip(53 + 10.5 * draw[0], 30, 85))
+    incidence = float(np.clip(53 + 10.5 * draw[0] + family.incidence_deg, 30, 85))
     tilt = float(np.clip(0.37 * incidence - 7 + 5 * draw[1], -5, 35))
     lordosis = np.clip(0.62 * incidence + 27 + 7.5 * draw[2], 25, 85)
-    kyphosis = np.clip(0.45 * lordosis + 13 + 8 * draw[3], 18, 65)
+    kyphosis = np.clip(0.45 * lordosis + 13 + 8 * draw[3] + family.kyphosis_deg, 18, 65)
     sva, cervical = float(np.clip(5 + 20 * draw[4], -55, 65)), float(4 + 6 * draw[5])
     supine_tilt = float(tilt + max(0.0, 4.5 + 2.5 * draw[6]))
     supine_kyphosis = max(15.0, kyphosis - max(0.0, 6 + 3 * draw[7]))

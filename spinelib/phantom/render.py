@@ -5,6 +5,7 @@ centre, as wide as the voxel, so thin shells keep their mass on coarse grids.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ _EDGE_MM = 0.35
 _SOFT_STEP_MM = 6.0
 _DEPTH_STEP_MM = 2.0
 _BATCH_VOXELS = 1_500_000
+_CORNERS = np.stack(np.meshgrid(*[[False, True]] * 3, indexing="ij"), -1).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Lattice:
     matrix: np.ndarray
     device: torch.device
 
-    @property
+    @cached_property
     def spacing_mm(self) -> np.ndarray:
         """Voxel size, shape (3,)."""
         return np.linalg.norm(self.matrix[:3, :3], axis=0)
@@ -73,9 +75,8 @@ class Lattice:
     def window(self, lower_mm, upper_mm, margin_mm: float) -> tuple[slice, slice, slice] | None:
         """Index box that covers a box in subject mm widened by a margin; None if it misses the lattice."""
         lower, upper = np.asarray(lower_mm) - margin_mm, np.asarray(upper_mm) + margin_mm
-        corners = np.stack(np.meshgrid(*zip(lower, upper, strict=True), indexing="ij"), -1).reshape(-1, 3)
-        inverse = np.linalg.inv(self.matrix)
-        index = corners @ inverse[:3, :3].T + inverse[:3, 3]
+        corners = np.where(_CORNERS, upper, lower)
+        index = corners @ self._inverse[:3, :3].T + self._inverse[:3, 3]
         first = np.maximum(np.ceil(index.min(0)), 0).astype(int)
         last = np.minimum(np.floor(index.max(0)), np.array(self.shape) - 1).astype(int)
         if np.any(last < first):
@@ -91,10 +92,19 @@ class Lattice:
             index = torch.arange(part.start, part.stop, dtype=torch.float32, device=self.device)
             axes.append(index.reshape(shape))
         linear, shift = self.matrix[:3, :3], self.matrix[:3, 3].tolist()
-        if np.allclose(linear, np.diag(np.diag(linear)), atol=1e-9):
+        if self._is_diagonal:
             return tuple(axes[i] * float(linear[i, i]) + shift[i] for i in range(3))
         rows = linear.tolist()
         return tuple((axes[0] * r[0] + shift[i]) + axes[1] * r[1] + axes[2] * r[2] for i, r in enumerate(rows))
+
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        return np.linalg.inv(self.matrix)
+
+    @cached_property
+    def _is_diagonal(self) -> bool:
+        linear = self.matrix[:3, :3]
+        return np.allclose(linear, np.diag(np.diag(linear)), atol=1e-9)
 
     def slab(self, start: int, stop: int) -> "Lattice":
         """Return the part with superior index from `start` to `stop` (excluded)."""
@@ -104,7 +114,7 @@ class Lattice:
 
 
 def path_lengths(
-    subject: Subject, shapes: tuple, grid: PlanarGrid, device: str | torch.device = "cpu"
+    subject: Subject, shapes: tuple, grid: PlanarGrid, device: str | torch.device = "cpu", pose=None
 ) -> dict[str, np.ndarray]:
     """Integrate a subject's tissue along the anterior-posterior direction.
 
@@ -119,6 +129,8 @@ def path_lengths(
     grid : PlanarGrid
         Coronal.
     device : str or torch.device
+    pose : ndarray (4, 4), optional
+        Rigid motion of the whole body in world mm, as in `tissue_volume`.
 
     Returns
     -------
@@ -128,13 +140,13 @@ def path_lengths(
     Raises
     ------
     InputError
-        If the grid is not coronal.
+        If the grid is not coronal or `pose` is not rigid.
     """
     if grid.view != "coronal":
         message = f"path lengths run from front to back: expected a coronal grid, given a {grid.view} one."
         raise InputError(message)
     anatomy = build_anatomy(subject, shapes)
-    fine = _image_lattice(anatomy, grid, torch.device(device))
+    fine = _image_lattice(anatomy, grid, torch.device(device), _rigid(pose))
     coarse, weights = _soft_lattice(fine)
     fractions = soft_fractions(anatomy.layers, coarse)
     step, depth = float(fine.spacing_mm[1]), float(coarse.spacing_mm[1])
@@ -183,12 +195,9 @@ def tissue_volume(
     InputError
         If `pose` is not a rigid 4 x 4 matrix.
     """
-    pose = np.eye(4) if pose is None else np.asarray(pose, float)
-    if pose.shape != (4, 4) or not np.allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-5):
-        message = f"pose must be a rigid (4, 4) matrix, given shape {pose.shape}."
-        raise InputError(message)
     anatomy = build_anatomy(subject, shapes)
-    lattice = Lattice(tuple(grid.shape), _mirror(anatomy) @ np.linalg.inv(pose) @ grid.affine, torch.device(device))
+    matrix = _mirror(anatomy) @ np.linalg.inv(_rigid(pose)) @ grid.affine
+    lattice = Lattice(tuple(grid.shape), matrix, torch.device(device))
     fractions = torch.zeros((len(TISSUES), *lattice.shape), device=lattice.device)
     rows = max(1, _BATCH_VOXELS // (lattice.shape[0] * lattice.shape[1]))
     for start in range(0, lattice.shape[2], rows):
@@ -331,19 +340,29 @@ def _largest_components(labels: np.ndarray) -> np.ndarray:
     return labels
 
 
+def _rigid(pose: np.ndarray | None) -> np.ndarray:
+    pose = np.eye(4) if pose is None else np.asarray(pose, float)
+    if pose.shape != (4, 4) or not np.allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-5):
+        message = f"pose must be a rigid (4, 4) matrix, given shape {pose.shape}."
+        raise InputError(message)
+    return pose
+
+
 def _mirror(anatomy: Anatomy) -> np.ndarray:
     return np.diag([-1.0 if anatomy.is_mirrored else 1.0, 1.0, 1.0, 1.0])
 
 
-def _image_lattice(anatomy: Anatomy, grid: PlanarGrid, device: torch.device) -> Lattice:
+def _image_lattice(anatomy: Anatomy, grid: PlanarGrid, device: torch.device, pose: np.ndarray) -> Lattice:
     """Lattice (cols, depth, rows) whose columns and rows are those of the image."""
-    solids = [piece for part in anatomy.bones for piece in part.pieces]
-    rear = min(box.lower_mm[1] for box in (*anatomy.layers, *solids))
-    front = max(box.upper_mm[1] for box in (*anatomy.layers, *solids))
+    boxes = (*anatomy.layers, *(piece for part in anatomy.bones for piece in part.pieces))
+    anterior = np.array([[box.lower_mm, box.upper_mm] for box in boxes]) * (pose @ _mirror(anatomy))[1, :3]
+    rear = anterior.min(axis=1).sum(axis=1).min() + pose[1, 3]
+    front = anterior.max(axis=1).sum(axis=1).max() + pose[1, 3]
     depth = int(np.ceil((front - rear) / _DEPTH_STEP_MM)) + 1
     matrix = np.diag([-grid.spacing_mm[1], _DEPTH_STEP_MM, -grid.spacing_mm[0], 1.0])
     matrix[:3, 3] = grid.origin_mm[1], rear, grid.origin_mm[0]
-    return Lattice((grid.shape[1], depth, grid.shape[0]), _mirror(anatomy) @ matrix, device)
+    shape = grid.shape[1], depth, grid.shape[0]
+    return Lattice(shape, _mirror(anatomy) @ np.linalg.inv(pose) @ matrix, device)
 
 
 def _soft_lattice(fine: Lattice) -> tuple[Lattice, list[Tensor]]:

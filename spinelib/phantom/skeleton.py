@@ -23,7 +23,8 @@ def bones(marks: Landmarks) -> tuple[Structure, ...]:
     """Return every bone of the trunk but vertebrae and sacrum, and the costal cartilages."""
     parts = [*_thorax(marks), *_skull(marks)]
     for side, index in zip(SIDES, (0, 1), strict=True):
-        parts += [*_shoulder(marks, side, index), *_arm(marks, side, index), *_hip(marks, side, index)]
+        arm = _arm(marks, side, index) if marks.subject.arms[index] else []
+        parts += [*_shoulder(marks, side, index), *arm, *_hip(marks, side, index)]
     return tuple(parts)
 
 

@@ -79,17 +79,29 @@ def _limbs(marks: Landmarks) -> list[Layer]:
     bulk = (marks.subject.bmi / 26.0) ** 0.6 * (0.92 if marks.female else 1.0) * k
     for index in (0, 1):
         shoulder, elbow, wrist, knuckles = arm_joints(marks, index)
+        present = marks.subject.arms[index]
+        base = marks.levels["C7"][:3, 3] + np.array([SIDES[index] * 34.0 * k, 0, -6.0])
+        girdle = np.array([34.0, 47.0] if present else [34.0, 36.0, 24.0]) * bulk
+        path = [base, shoulder] if present else [base, *_stump(marks, index)]
+        inner += [solid(piece, {"muscle": 1.0}) for piece in chain(path, girdle)]
+        outer += [solid(piece, {"adipose": 1.0}) for piece in chain(path, girdle + fat + 1.5)]
+        if not present:
+            continue
         tip = knuckles + 0.95 * (knuckles - wrist)
         joints = [shoulder, 0.5 * (shoulder + elbow), elbow, 0.7 * elbow + 0.3 * wrist, wrist, knuckles, tip]
         core = np.array([44.0, 37.0, 31.0, 34.0, 21.0, 24.0, 13.0]) * bulk
         skin = core + fat * np.array([1.0, 1.0, 0.8, 0.7, 0.4, 0.3, 0.2]) + 1.5
-        base = marks.levels["C7"][:3, 3] + np.array([SIDES[index] * 34.0 * k, 0, -6.0])
-        girdle = np.array([34.0, 47.0]) * bulk
-        inner += [solid(piece, {"muscle": 1.0}) for piece in chain([base, shoulder], girdle)]
-        outer += [solid(piece, {"adipose": 1.0}) for piece in chain([base, shoulder], girdle + fat + 1.5)]
         inner += [solid(piece, {"muscle": 0.94, "adipose": 0.06}) for piece in chain(joints, core)]
         outer += [solid(piece, {"adipose": 0.9, "muscle": 0.1}) for piece in chain(joints, skin)]
     return [*inner, *outer]
+
+
+def _stump(marks: Landmarks, index: int) -> list[np.ndarray]:
+    """Return the end of the shoulder without its arm and where the skin fold below it meets the chest."""
+    k, side, shoulder = marks.scale, SIDES[index], marks.shoulders_mm[index]
+    height = shoulder[2] - 110.0 * k
+    chest = marks.hull.middle.at(height) + side * (marks.hull.half_width.at(height) - 24.0 * k)
+    return [shoulder + np.array([-side * 12.0, 0, 4.0]) * k, np.array([chest, shoulder[1], height])]
 
 
 def _body(marks: Landmarks) -> list[Layer]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from spinelib.levels import region
 from spinelib.phantom.arches import CONSTANTS, Arch, Part, Plate, build_arch
 from spinelib.phantom.calibration import calibrate_drums
+from spinelib.phantom.family import STANDARD
 from spinelib.phantom.sdf import (
     DRUM_FIELDS,
     Capsules,
@@ -83,6 +84,7 @@ def vertebra_shapes(
     shape_seed: int,
     degeneration: Mapping[str, np.ndarray] | None = None,
     is_mirrored: bool = False,
+    relief: float = 1.0,
 ) -> tuple[VertebraShape, ...]:
     """Build and calibrate the vertebrae of one person.
 
@@ -101,6 +103,8 @@ def vertebra_shapes(
         fractures are part of `dims`.)
     is_mirrored : bool
         Whether to return the mirror image of the person whose coronal wedges are the negative of `dims`'s.
+    relief : float
+        Factor on waists, dishes, concavities and lips of the bodies, see `Family`.
 
     Raises
     ------
@@ -114,7 +118,7 @@ def vertebra_shapes(
         random_warp(rng, 0.5 * (row["endplate_width_mm"] + row["endplate_depth_mm"]))
         for rng, row in zip(streams, rows, strict=False)
     ]
-    drums = [_drum_constants(level, rng) for level, rng in zip(levels, streams, strict=False)]
+    drums = [_drum_constants(level, rng, relief) for level, rng in zip(levels, streams, strict=False)]
     arches = [_jittered(build_arch(level, row), rng) for level, row, rng in zip(levels, rows, streams, strict=False)]
     has_body = [i for i, level in enumerate(levels) if level != "C1"]
     fitted = calibrate_drums([drums[i] for i in has_body], [warps[i] for i in has_body], [rows[i] for i in has_body])
@@ -132,6 +136,7 @@ def subject_shapes(subject) -> tuple[VertebraShape, ...]:
         subject.shape_seed,
         subject.degeneration,
         getattr(subject, "is_mirrored", False),
+        getattr(subject, "family", STANDARD).relief,
     )
 
 
@@ -295,7 +300,7 @@ def _dim_rows(levels, dims, wedge_sign) -> list[dict[str, float]]:
 _ATLAS_DIMS = ("canal_width_mm", "canal_depth_mm", "tp_span_mm")
 
 
-def _drum_constants(level, rng) -> dict[str, float]:
+def _drum_constants(level, rng, relief) -> dict[str, float]:
     """Return the jittered body constants of a level; the geometry fields are filled by the calibration."""
     constants = dict.fromkeys(DRUM_FIELDS, 0.0) | CONSTANTS[region(level)]
     number = int(level[1:])
@@ -305,7 +310,7 @@ def _drum_constants(level, rng) -> dict[str, float]:
         constants |= {"uncinate": 0.0, "lip": 0.8}
     factors = np.exp(_JITTER * np.clip(rng.standard_normal(len(DRUM_FIELDS)), -2.2, 2.2))
     exponent = 2 + (constants["exponent"] - 2) * factors[DRUM_FIELDS.index("exponent")]
-    return {name: constants[name] * factor for name, factor in zip(DRUM_FIELDS, factors, strict=False)} | {
+    return {name: relief * constants[name] * factor for name, factor in zip(DRUM_FIELDS, factors, strict=False)} | {
         "exponent": exponent
     }
 
