@@ -39,6 +39,9 @@ MEASURES = (
 )
 """Names and order of `clinical_measures`; `apex_level` counts vertebrae."""
 
+UNSIGNED = ("cobb_deg", "modified_ferguson_deg", "pmc_cobb_deg", "max_axial_offset_mm")
+"""Measures that are never negative, nor are the ends of their intervals."""
+
 READER_RELIABILITY = pd.read_csv(Path(__file__).with_name("reader_reliability.csv"))
 """What human readers achieve: measure, comparison, statistic, value, unit, image, subjects, note, source.
 

@@ -45,15 +45,28 @@ def case_panels(dxa: Projection, truth: Curves, predicted: Curves, tube_mm=None,
     """
     figure = curves_on_image(dxa, {"true": truth, "predicted": predicted}, title)
     if tube_mm is not None:
-        radius = _radius(predicted, tube_mm)
-        found = match_depth(predicted, truth.depth_removed())
-        for axes, centre in zip(figure.axes, (found.coronal_mm[1], found.sagittal_mm[1]), strict=True):
-            band = {"color": PREDICTED, "alpha": 0.28, "lw": 0, "label": "90% tube"}
-            axes.fill_betweenx(found.heights_mm, centre - radius, centre + radius, **band)
-        figure.axes[1].legend(loc="lower left", fontsize=8)
+        _draw_tube(figure, match_depth(predicted, truth.depth_removed()), tube_mm, PREDICTED)
     error = curve_errors(predicted, truth)
     for axes, view in zip(figure.axes, ("coronal", "sagittal"), strict=True):
         axes.set_title(f"{view}, mean error {error[f'{view}_mm']:.1f} mm")
+    return figure
+
+
+def prediction_panels(dxa: Projection, predicted: Curves, tube_mm=None, title: str = "") -> Figure:
+    """Return `case_panels` of a person whose true curves are not known.
+
+    Parameters
+    ----------
+    dxa : Projection
+    predicted : Curves
+    tube_mm : float or array_like, shape (K,), optional
+        Radius of the tube about the predicted centre line at `predicted.heights_mm`.
+    """
+    figure = curves_on_image(dxa, {"predicted": predicted}, title)
+    for line in (line for axes in figure.axes for line in axes.lines):
+        line.set_linewidth(line.get_linewidth() / 2)  # the tube stays in sight, and nothing lies on top
+    if tube_mm is not None:
+        _draw_tube(figure, predicted.depth_removed(), tube_mm, TRUTH)  # the first curves' colour
     return figure
 
 
@@ -74,9 +87,10 @@ def tube_3d(curves: Curves, tube_mm, truth: Curves | None = None, title: str = "
     found = curves if truth is None else match_depth(curves, truth)
     edges = np.stack([radius, np.zeros_like(radius), -radius])
     tube = Curves(found.heights_mm, found.coronal_mm[1] + edges, found.sagittal_mm[1] + edges)
-    figure = go.Figure(_line_trace(found.centreline().T, "predicted centre line", PREDICTED))
+    figure = go.Figure(_line_trace(found.centreline().T, "predicted centre line", PREDICTED, width=5))
     if truth is not None:
-        figure.add_trace(_line_trace(truth.centreline().T, "true centre line", TRUTH))
+        # Wider, so that it shows on both sides where the lines coincide.
+        figure.add_trace(_line_trace(truth.centreline().T, "true centre line", TRUTH, width=11))
     tube_mesh = column_mesh(tube, "ellipse", 32)
     figure.add_trace(mesh_trace(tube_mesh, "90% tube", color=PREDICTED, opacity=0.35, showlegend=True))
     column = column_mesh(found)
@@ -97,7 +111,7 @@ def error_3d(found: Curves, truth: Curves, title: str = "", height: int = 720) -
     low, high = ERROR_RANGE_MM
     colours = {
         "intensity": of_vertices.astype(np.float32),
-        "colorscale": "Viridis",
+        "colorscale": "YlOrRd",  # pale where the error is small, so that the dark edges show
         "cmin": low,
         "cmax": high,
         "colorbar": {"title": {"text": "distance of<br>centre lines (mm)"}, "len": 0.6, "thickness": 16},
@@ -125,7 +139,9 @@ def axial_view_figure(tables: dict[str, pd.DataFrame], title: str = "") -> Figur
         shown = axes.scatter(right, anterior, c=np.arange(len(table)), cmap="viridis", marker=marker, s=34, label=name)
     first = next(iter(tables.values()))
     for row in first[first["level"].isin(["T1", "T6", "T12", "L5"])].itertuples():
-        style = {"xytext": (0, -7), "textcoords": "offset points", "fontsize": 8, "ha": "center", "va": "top"}
+        # Lumbar levels on the other side: seen from above, L5 often lies under T1.
+        away, align = (-7, "right") if row.level.startswith("L") else (7, "left")
+        style = {"xytext": (away, 0), "textcoords": "offset points", "fontsize": 8, "ha": align, "va": "center"}
         halo = [withStroke(linewidth=2, foreground="white")]
         axes.annotate(row.level, (row.right_mm, row.anterior_mm), path_effects=halo, **style)
     bar = figure.colorbar(shown, ax=axes, shrink=0.7, ticks=range(0, len(first), 2))
@@ -133,7 +149,8 @@ def axial_view_figure(tables: dict[str, pd.DataFrame], title: str = "") -> Figur
     bar.ax.invert_yaxis()
     axes.set(xlabel="right (mm), seen from above", ylabel="anterior (mm)", title=title)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(fontsize=8)
+    for handle in axes.legend(fontsize=8).legend_handles:
+        handle.set(array=None, facecolor="#777777")
     axes.margins(0.1)
     return figure
 
@@ -225,6 +242,14 @@ def coverage_by_height(covered: np.ndarray, nominal: float = 0.9, title: str = "
     return figure
 
 
+def _draw_tube(figure, curves, tube_mm, colour):
+    radius = _radius(curves, tube_mm)
+    for axes, centre in zip(figure.axes, (curves.coronal_mm[1], curves.sagittal_mm[1]), strict=True):
+        band = {"color": colour, "alpha": 0.28, "lw": 0, "label": "90% tube"}
+        axes.fill_betweenx(curves.heights_mm, centre - radius, centre + radius, **band)
+    figure.axes[1].legend(loc="lower left", fontsize=8)
+
+
 def _radius(curves, tube_mm):
     radius = np.asarray(tube_mm, float)
     if radius.shape not in ((), curves.heights_mm.shape) or not np.isfinite(radius).all() or radius.min() <= 0:
@@ -245,7 +270,7 @@ def _edges(curves):
     )
 
 
-def _line_trace(points, name, colour, width=7):
+def _line_trace(points, name, colour, width):
     points = dict(zip("xyz", points.astype(np.float32), strict=True))
     return go.Scatter3d(**points, mode="lines", name=name, line={"color": colour, "width": width}, hoverinfo="name")
 

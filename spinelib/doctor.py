@@ -141,13 +141,16 @@ def free_disk(folder: Path) -> Finding:
 
 
 def weights(folder: Path = PACKAGE_DIR / "weights") -> Finding:
-    """Compare the SHA-256 of every shipped weights file with the one that its card states."""
+    """Are the weights of `spinelib predict` there, and has every weights file the SHA-256 that its card states."""
+    from spinelib.models.predictor import SHIPPED_WEIGHTS
+
     files = sorted(folder.glob("*.safetensors"))
     cards = {path: read_json(path.with_suffix(".json"), {}) for path in files}
     wrong = [path.name for path in files if cards[path].get("sha256") != file_sha256(path)]
     fix = "git checkout -- spinelib/weights"
-    if not files:
-        return Finding("weights", False, "none shipped: notebooks train their own", fix, needed=False)
+    if not wrong and folder / SHIPPED_WEIGHTS not in files:
+        absent = f"no {SHIPPED_WEIGHTS}: notebooks train their own"
+        return Finding("weights", False, absent, fix, needed=False)
     return Finding("weights", not wrong, f"{len(files)} files" + (f", wrong: {wrong}" if wrong else " match"), fix)
 
 

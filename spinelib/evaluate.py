@@ -4,15 +4,16 @@ import sys
 
 import numpy as np
 import pandas as pd
+import torch
+from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from spinelib.angles import all_angles
+from spinelib.clinical import MEASURES, clinical_measures
 from spinelib.data import Record
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.metrics import (
     SEVERITY_BANDS,
-    bootstrap_ci,
     curve_errors,
     mask_errors,
     match_depth,
@@ -22,6 +23,8 @@ from spinelib.metrics import (
 )
 from spinelib.reconstruct import column_mask, joint_grid
 from spinelib.spine import Curves
+from spinelib.stress import STRESSES, stressed_records
+from spinelib.uncertainty import tube_coverage
 
 METHODS = (
     "mean_curve",
@@ -29,14 +32,20 @@ METHODS = (
     "nearest",
     "ridge",
     "paper",
+    "paper_modern",
     "ours_this_run",
     "ours",
     "ceiling",
 )
 SCORES = ("centreline_3d_mm", "coronal_mm", "sagittal_mm", "iou_3d", "hd95_mm", "assd_mm")
-ANGLES = ("cobb_deg", "thoracic_kyphosis_deg", "lumbar_lordosis_deg")
 PUBLISHED = {"centreline_3d_mm": 3.12, "iou_3d": 0.838}
 """Bourigault 2024 on UK Biobank, as quoted by a third-party summary: other data, other truth, not comparable."""
+
+SCOLIOSIS_DEG = 10.0
+"""Cobb angle from which scoliosis is diagnosed; errors of Cobb and Ferguson angles are given above it."""
+
+AGES = {"under 55": 0, "55-65": 55, "65-75": 65, "over 75": 75}
+BMIS = {"under 22": 0, "22-27": 22, "27-32": 27, "over 32": 32}
 
 _PADDING_MM = 40.0
 
@@ -48,29 +57,23 @@ def predict_all(models: dict, records: list[Record], windows: list) -> dict[str,
     }
 
 
-def score_subjects(records: list[Record], predictions: dict[str, list[Curves]]) -> pd.DataFrame:
+def score_subjects(records: list[Record], predictions: dict[str, list[Curves]], n_jobs: int = 1) -> pd.DataFrame:
     """Return one row per subject and method.
 
     The ceiling is added: the true curves through the same reconstruction, against the true volume. Overlap and
     surface distances compare with the record's `column_mask`; where a data set has none, with the solid rebuilt
     from the true curves, and the ceiling is then 1 by construction.
     """
-    rows = []
     everything = predictions | {"ceiling": [r.curves for r in records]}
-    for index, record in enumerate(tqdm(records, desc="scoring", unit="subject", disable=not sys.stderr.isatty())):
-        truth_angles = all_angles(record.curves)
-        reference = _padded(record.column_mask or _solid(record.curves))
-        for method, curves in everything.items():
-            row = {
-                "subject_key": record.key,
-                "method": method,
-                "severity": severity_band(truth_angles["cobb_deg"])[0],
-            }
-            row |= _scores(curves[index], record.curves, reference)
-            row |= {f"true_{a}": truth_angles[a] for a in ANGLES}
-            row |= {f"predicted_{a}": v for a, v in _angles(curves[index]).items()}
-            rows.append(row)
-    frame = pd.DataFrame(rows)
+    jobs = (
+        delayed(_subject_rows)(
+            record.key, record.curves, record.column_mask, {m: curves[i] for m, curves in everything.items()}
+        )
+        for i, record in enumerate(records)
+    )
+    done = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
+    bar = tqdm(done, total=len(records), desc="scoring", unit="subject", disable=not sys.stderr.isatty())
+    frame = pd.DataFrame([row for rows in bar for row in rows])
     frame["severity"] = pd.Categorical(frame["severity"], SEVERITY_BANDS, ordered=True)
     return frame
 
@@ -105,44 +108,100 @@ def headline_table(table: pd.DataFrame, made_by: dict[str, str]) -> pd.DataFrame
     return wide.assign(n=line["n"])
 
 
-def angle_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return error, bias, 95% limits of agreement and Pearson's r of each angle, one row per method and angle."""
-    rows = []
-    for method, group in scores.groupby("method", sort=False):
-        for angle in ANGLES:
-            truth, predicted = group[f"true_{angle}"].to_numpy(), group[f"predicted_{angle}"].to_numpy()
-            difference = predicted - truth
-            mean, low, high = bootstrap_ci(np.abs(difference))
-            spread = 1.96 * difference.std(ddof=1)
-            rows.append(
-                {
-                    "method": method,
-                    "angle": angle,
-                    "mae_deg": mean,
-                    "ci_low": low,
-                    "ci_high": high,
-                    "bias_deg": difference.mean(),
-                    "limit_low_deg": difference.mean() - spread,
-                    "limit_high_deg": difference.mean() + spread,
-                    "r": pearson_r(predicted, truth)[0],
-                    "n": len(group),
-                }
-            )
-    return _in_method_order(pd.DataFrame(rows))
-
-
 def headline_metrics(scores: pd.DataFrame) -> dict[str, float]:
-    """Return the flat names of metrics.json: curves.<method>.<score>.<mean|ci_low|ci_high> and angles of ours."""
+    """Return the flat names of metrics.json: curves.<method>.<score>.<mean|ci_low|ci_high> and errors of angles.
+
+    Errors of Cobb and Ferguson angles are those of people with a true Cobb angle of `SCOLIOSIS_DEG` or more.
+    """
     metrics = {}
     for row in summary(scores, columns=("centreline_3d_mm", "iou_3d")).itertuples():
         for name in ("mean", "ci_low", "ci_high"):
             metrics[f"curves.{row.method}.{row.score}.{name}"] = getattr(row, name)
-    angles = angle_table(scores).set_index(["method", "angle"])
-    for method in scores["method"].unique():
-        metrics[f"curves.{method}.cobb_mae_deg"] = angles.loc[(method, "cobb_deg"), "mae_deg"]
-        metrics[f"curves.{method}.kyphosis_r"] = angles.loc[(method, "thoracic_kyphosis_deg"), "r"]
-        metrics[f"curves.{method}.lordosis_r"] = angles.loc[(method, "lumbar_lordosis_deg"), "r"]
+    for method, group in scores.groupby("method", sort=False):
+        bent = group[group["true_cobb_deg"] >= SCOLIOSIS_DEG]
+        for name, measure, people in (
+            ("cobb", "cobb_deg", bent),
+            ("ferguson", "modified_ferguson_deg", bent),
+            ("kyphosis", "thoracic_kyphosis_deg", group),
+            ("lordosis", "lumbar_lordosis_deg", group),
+        ):
+            truth, predicted = (people[f"{kind}_{measure}"].to_numpy() for kind in ("true", "predicted"))
+            metrics[f"curves.{method}.{name}_mae_deg"] = np.abs(predicted - truth).mean() if len(people) else np.nan
+            metrics[f"curves.{method}.{name}_r"] = pearson_r(predicted, truth)[0]
     return {k: round(float(v), 4) for k, v in metrics.items() if np.isfinite(v)}
+
+
+def grouped(scores: pd.DataFrame, people: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores with columns sex, age and bmi in groups, where the table of subjects has them."""
+    joined = people.reindex(scores["subject_key"]).set_axis(scores.index)
+    groups = {}
+    if "sex" in people:
+        groups["sex"] = joined["sex"].map({"F": "women", "M": "men"})
+    for name, column, bounds in (("age", "age_years", AGES), ("bmi", "bmi", BMIS)):
+        if column in people:
+            groups[name] = pd.cut(joined[column], [*bounds.values(), np.inf], labels=list(bounds), right=False)
+    return scores.assign(**groups)
+
+
+def stress_errors(
+    predictor, records: list[Record], chosen: dict[str, tuple], cache_dir=None, n_jobs: int = 2
+) -> pd.DataFrame:
+    """Return one row per condition, level and person: the error beside that of the same person unstressed.
+
+    Parameters
+    ----------
+    predictor : CurvePredictor
+    records : list of Record
+        Synthetic test people of `spinelib.data.synthetic_cohort`; conditions of kind 'person' render them anew.
+    chosen : dict of str to tuple
+        Levels of each condition of `spinelib.stress.STRESSES`.
+
+    Returns
+    -------
+    DataFrame
+        stress, level, unit, subject_key, error_mm and plain_mm (3D centre line), ratio, coverage (share of heights
+        inside the 90% tube), is_unusual.
+    """
+    plain = {r.key: _judged(predictor, r)["error_mm"] for r in records}
+    rows = []
+    for name, levels in chosen.items():
+        for level in levels:
+            for record in stressed_records(name, level, records, n_jobs=n_jobs, cache_dir=cache_dir):
+                row = {"stress": name, "level": level, "unit": STRESSES[name].unit, "subject_key": record.key}
+                rows.append(row | _judged(predictor, record) | {"plain_mm": plain[record.key]})
+    table = pd.DataFrame(rows)
+    return table.assign(ratio=table["error_mm"] / table["plain_mm"])
+
+
+def stress_table(errors: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per condition and level from `stress_errors`.
+
+    Returns
+    -------
+    DataFrame
+        stress, level, unit, n; mean, ci_low, ci_high: mean error over the mean error of the same people
+        unstressed, with a 95% bootstrap interval over people; error_mm, coverage, unusual: means.
+    """
+    rows = []
+    for (name, level), group in errors.groupby(["stress", "level"], sort=False):
+        draws = np.random.default_rng(0).integers(0, len(group), (2000, len(group)))
+        error, plain = group["error_mm"].to_numpy(), group["plain_mm"].to_numpy()
+        low, high = np.quantile(error[draws].mean(1) / plain[draws].mean(1), (0.025, 0.975))
+        rows.append(
+            {
+                "stress": name,
+                "level": level,
+                "unit": group["unit"].iloc[0],
+                "n": len(group),
+                "mean": error.mean() / plain.mean(),
+                "ci_low": low,
+                "ci_high": high,
+                "error_mm": error.mean(),
+                "coverage": group["coverage"].mean(),
+                "unusual": group["is_unusual"].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def height_errors(records: list[Record], curves: list[Curves], rows: int = 60) -> np.ndarray:
@@ -153,6 +212,19 @@ def height_errors(records: list[Record], curves: list[Curves], rows: int = 60) -
         found, truth = item.at(truth.heights_mm).depth_removed(), truth.depth_removed()
         errors.append(np.linalg.norm((found.centreline() - truth.centreline())[:, :2], axis=1))
     return np.stack(errors)
+
+
+def _subject_rows(key, true_curves, mask, predictions):
+    torch.set_num_threads(1)
+    truth, reference = _measured(true_curves), _padded(mask or _solid(true_curves))
+    rows = []
+    for method, curves in predictions.items():
+        found = truth if method == "ceiling" else _measured(curves)
+        row = {"subject_key": key, "method": method, "severity": severity_band(truth["cobb_deg"])[0]}
+        row |= _scores(curves, true_curves, reference)
+        row |= {f"true_{name}": value for name, value in truth.items()}
+        rows.append(row | {f"predicted_{name}": value for name, value in found.items()})
+    return rows
 
 
 def _scores(curves, truth, reference):
@@ -173,12 +245,18 @@ def _solid(curves):
     return Volume(column_mask(curves, grid).astype(np.uint8), grid.affine)
 
 
-def _angles(curves):
+def _measured(curves):
     try:
-        angles = all_angles(curves)
+        return clinical_measures(curves)
     except InputError:
-        angles = {}
-    return {a: angles.get(a, np.nan) for a in ANGLES}
+        return dict.fromkeys(MEASURES, np.nan)
+
+
+def _judged(predictor, record):
+    found = predictor.estimate(record.dxa)
+    inside = tube_coverage([found.curves], found.tube_mm[None], [record.curves]) if predictor.calibration else np.nan
+    error = curve_errors(found.curves, record.curves)["centreline_3d_mm"]
+    return {"error_mm": error, "coverage": float(np.nanmean(inside)), "is_unusual": found.is_unusual}
 
 
 def _in_method_order(table):

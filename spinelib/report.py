@@ -175,8 +175,9 @@ def page(
     tables: Mapping[str, Mapping[str, Any]] | None = None,
     images: Sequence[str | Path] = (),
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> str:
-    """Return one self-contained HTML page: notes, live plotly figures, tables and embedded pictures.
+    """Return one self-contained HTML page: warnings, notes, live plotly figures, tables and embedded pictures.
 
     Parameters
     ----------
@@ -186,8 +187,8 @@ def page(
         {caption: {row name: value}}.
     images : sequence of paths
         PNG files; their bytes go into the page.
-    notes : sequence of str
-        One paragraph each.
+    notes, warnings : sequence of str
+        One paragraph each; warnings stand out.
     """
     specs = [json.loads(figure.to_json()) for figure in figures]
     divs = "".join(figure_div(f"figure-{i}", spec) for i, spec in enumerate(specs))
@@ -195,6 +196,7 @@ def page(
         "page.html.j2",
         title=title,
         notes=notes,
+        warnings=warnings,
         scenes=plotly_script() + divs if specs else "",
         tables=tables or {},
         images=[base64.b64encode(Path(path).read_bytes()).decode() for path in images],

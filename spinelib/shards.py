@@ -48,7 +48,9 @@ class ShardedCohort(Sequence):
     def __init__(self, folder, limit: int = 0):
         self.paths = sorted(Path(folder).glob("shard-*.safetensors"))
         if not self.paths:
-            message = f"no shards in {folder}. Make them with: spinelib shards {folder} --subjects 2000"
+            message = (
+                f"no shards in {folder}. Make them with: spinelib train --shards {folder} --render 2000 -o weights"
+            )
             raise InputError(message)
         self._files = [safetensors.safe_open(path, framework="np") for path in self.paths]
         self._lengths = [file.get_slice("origin_mm").get_shape()[0] for file in self._files]
@@ -61,7 +63,7 @@ class ShardedCohort(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return _Part(self, range(*index.indices(len(self))))
         index = index + len(self) if index < 0 else index
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -77,6 +79,21 @@ class ShardedCohort(Sequence):
         """Return what is known of each person (sex, age, angles, ...), one row an example."""
         tables = [pd.DataFrame(json.loads(file.metadata()["people"])) for file in self._files]
         return pd.concat(tables, ignore_index=True).head(len(self))
+
+
+class _Part(Sequence):
+    """A slice of a cohort, still read when asked for."""
+
+    def __init__(self, cohort, places):
+        self.cohort, self.places = cohort, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return _Part(self.cohort, self.places[index])
+        return self.cohort[self.places[index]]
 
 
 _FIELDS = ("dxa", "origin_mm", "curves", "extended")

@@ -1,7 +1,7 @@
 """Write the README's tables from the committed CSV files.
 
 ``python tests/readme_tables.py`` fills the README; ``python tests/readme_tables.py reports/laptop`` first makes a run
-the committed reference: its metrics, tables and PNG figures (of synthetic data only).
+or sweep the committed reference: its metrics, tables and PNG figures (of synthetic data only).
 """
 
 import re
@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "reports" / "reference"
 TABLES = {
     "headline": REFERENCE / "laptop" / "tables" / "headline.csv",
+    "agreement": REFERENCE / "laptop" / "tables" / "agreement.csv",
+    "coverage": REFERENCE / "laptop" / "tables" / "coverage.csv",
+    "stress": REFERENCE / "laptop" / "tables" / "stress.csv",
+    "ablation": REFERENCE / "ablation_curves" / "tables" / "sweep.csv",
+    "learning": REFERENCE / "learning_curve" / "tables" / "sweep.csv",
     "alignment": REFERENCE / "laptop" / "tables" / "alignment.csv",
     "real_ct": REFERENCE / "real_ct.csv",
 }
@@ -31,6 +36,48 @@ COLUMNS = {
         "iou_3d": "IoU 3D",
         "hd95_mm": "HD95 (mm)",
         "n": "n",
+    },
+    "agreement": {
+        "measure": "measure",
+        "method": "method",
+        "mae": "mean absolute error",
+        "bias": "bias",
+        "loa_low": "limits: from",
+        "loa_high": "to",
+        "icc": "ICC",
+        "n": "n",
+    },
+    "coverage": {
+        "region": "region",
+        "coverage": "inside",
+        "ci_low": "95% CI from",
+        "ci_high": "to",
+        "mean_radius_mm": "mean radius (mm)",
+        "n": "n",
+    },
+    "stress": {
+        "stress": "condition",
+        "level": "level",
+        "unit": "unit",
+        "mean": "error ratio",
+        "ci_low": "95% CI from",
+        "ci_high": "to",
+        "coverage": "inside tube",
+        "unusual": "called unusual",
+        "n": "n",
+    },
+    "ablation": {
+        "variant": "variant",
+        "training.ours.validation_mm": "3D centre line (mm)",
+        "training.ours.validation_ci_low_mm": "95% CI from",
+        "training.ours.validation_ci_high_mm": "to",
+        "training.ours.seconds": "fitted in (s)",
+    },
+    "learning": {
+        "training.subjects": "training subjects",
+        "training.ours.validation_mm": "3D centre line (mm)",
+        "training.ours.validation_ci_low_mm": "95% CI from",
+        "training.ours.validation_ci_high_mm": "to",
     },
     "alignment": {
         "method": "method",
@@ -53,12 +100,24 @@ COLUMNS = {
 
 def as_markdown(name: str) -> str:
     """Return one committed table as Markdown."""
-    table = pd.read_csv(TABLES[name], keep_default_na=False)[list(COLUMNS[name])].rename(columns=COLUMNS[name])
+    table = pd.read_csv(TABLES[name], keep_default_na=False)
+    if name == "agreement":
+        table = _angles_of_ours_and_ridge(table)
+    table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])
     shown = table.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v).replace("_", " "))
     rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
     if name == "headline":
         rows.append(_published_row(list(COLUMNS[name])))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _angles_of_ours_and_ridge(everybody: pd.DataFrame) -> pd.DataFrame:
+    """Return the angles of two methods; those of the main curve come from the table of people with scoliosis."""
+    bent = pd.read_csv(TABLES["agreement"].with_name("agreement_scoliosis.csv"), keep_default_na=False)
+    both = pd.concat([bent, everybody])
+    measures = ["cobb_deg", "modified_ferguson_deg", "thoracic_kyphosis_deg", "lumbar_lordosis_deg"]
+    both = both[both["measure"].isin(measures) & both["method"].isin(["ridge", "ours"])]
+    return both.sort_values("measure", key=lambda m: m.map(measures.index), kind="stable")
 
 
 def _published_row(columns: list[str]) -> list[str]:
@@ -82,8 +141,8 @@ def filled(text: str) -> str:
 
 
 def publish(run_dir: Path) -> None:
-    """Copy what a run's reader needs into reports/reference/laptop."""
-    target = REFERENCE / "laptop"
+    """Copy what a reader of a run or a sweep needs into reports/reference."""
+    target = REFERENCE / run_dir.name
     shutil.rmtree(target, ignore_errors=True)
     for name, kinds in (("tables", "*.csv"), ("figures", "*.png")):
         (target / name).mkdir(parents=True)
@@ -93,7 +152,7 @@ def publish(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        publish(Path(sys.argv[1]))
+    for folder in sys.argv[1:]:
+        publish(Path(folder))
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text(encoding="utf8")), encoding="utf8")

@@ -10,6 +10,7 @@ from spinelib import doctor
 from spinelib.check import scan_before_sharing
 from spinelib.cli import main
 from spinelib.errors import InputError
+from spinelib.models.predictor import SHIPPED_WEIGHTS
 
 
 def test_findings_show_mark_and_fix():
@@ -52,12 +53,22 @@ def test_a_file_in_place_of_the_data_folder_is_found(tmp_path):
 
 
 def test_weights_are_compared_with_their_card(tmp_path):
+    weights, card = tmp_path / SHIPPED_WEIGHTS, (tmp_path / SHIPPED_WEIGHTS).with_suffix(".json")
     assert not doctor.weights(tmp_path).needed
-    (tmp_path / "a.safetensors").write_bytes(b"numbers")
-    (tmp_path / "a.json").write_text(json.dumps({"sha256": hashlib.sha256(b"numbers").hexdigest()}))
+    weights.write_bytes(b"numbers")
+    assert not doctor.weights(tmp_path).ok, "weights without a card"
+    card.write_text(json.dumps({"sha256": hashlib.sha256(b"numbers").hexdigest()}))
     assert doctor.weights(tmp_path).ok
-    (tmp_path / "a.safetensors").write_bytes(b"changed")
+    weights.write_bytes(b"changed")
     assert not doctor.weights(tmp_path).ok
+
+
+def test_other_weights_do_not_stand_in_for_the_shipped_ones(tmp_path):
+    (tmp_path / "old.safetensors").write_bytes(b"numbers")
+    (tmp_path / "old.json").write_text(json.dumps({"sha256": hashlib.sha256(b"numbers").hexdigest()}))
+    found = doctor.weights(tmp_path)
+    assert not found.ok
+    assert SHIPPED_WEIGHTS in found.detail
 
 
 # Made-up identifiers: seven digits, the name of the field, instance and array index.

@@ -1,16 +1,20 @@
 """Tables: the ceiling is a ceiling, intervals and orders are right, names are the promised ones."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from spinelib.clinical import agreement_table
 from spinelib.data import Record
 from spinelib.evaluate import (
     METHODS,
-    angle_table,
+    SCOLIOSIS_DEG,
+    grouped,
     headline_metrics,
     height_errors,
     methods_table,
     score_subjects,
+    stress_table,
     summary,
 )
 from spinelib.geometry import Volume
@@ -67,11 +71,49 @@ def test_methods_keep_their_order(scores):
     assert order == [m for m in METHODS if m in order]
 
 
-def test_angles_of_a_shifted_copy_agree(scores):
-    rows = angle_table(scores[1]).set_index(["method", "angle"])
-    assert rows.loc[("ours", "cobb_deg"), "mae_deg"] < 0.01
+def test_measures_of_a_shifted_copy_agree(scores):
+    rows = agreement_table(scores[1], measures=["cobb_deg", "lumbar_lordosis_deg"]).set_index(["method", "measure"])
+    assert rows.loc[("ours", "cobb_deg"), "mae"] < 0.01
     assert rows.loc[("ours", "lumbar_lordosis_deg"), "r"] > 0.999
-    assert rows.loc[("mean_curve", "cobb_deg"), "mae_deg"] > 2
+    assert rows.loc[("mean_curve", "cobb_deg"), "mae"] > 2
+
+
+def test_headline_errors_of_cobb_are_those_of_scoliosis(scores):
+    frame = scores[1].copy()
+    straight = frame["true_cobb_deg"] < SCOLIOSIS_DEG
+    assert 0 < straight.sum() < len(frame)
+    before = headline_metrics(frame)
+    frame.loc[straight, "predicted_cobb_deg"] += 50
+    assert headline_metrics(frame)["curves.ours.cobb_mae_deg"] == before["curves.ours.cobb_mae_deg"]
+    frame.loc[~straight, "predicted_cobb_deg"] += 5
+    assert abs(headline_metrics(frame)["curves.ours.cobb_mae_deg"] - before["curves.ours.cobb_mae_deg"] - 5) < 0.1
+
+
+def test_groups_come_from_the_table_of_subjects(scores):
+    keys = [f"s{i}" for i in range(4)]
+    people = pd.DataFrame(
+        {"sex": ["F", "M", "F", "M"], "age_years": [50, 60, 70, 80], "bmi": [20, 25, 30, 35]},
+        index=pd.Index(keys, name="subject_key"),
+    )
+    table = grouped(scores[1], people).drop_duplicates("subject_key").set_index("subject_key").loc[keys]
+    assert table["sex"].tolist() == ["women", "men", "women", "men"]
+    assert table["age"].astype(str).tolist() == ["under 55", "55-65", "65-75", "over 75"]
+    assert table["bmi"].astype(str).tolist() == ["under 22", "22-27", "27-32", "over 32"]
+    assert "sex" not in grouped(scores[1], people[[]])
+
+
+def test_stress_is_told_relative_to_the_same_people():
+    rows = [("blur", 3.0, f"s{i}", 2.0 * (i + 1), 1.0 * (i + 1), 0.8, i == 0) for i in range(5)]
+    columns = ["stress", "level", "subject_key", "error_mm", "plain_mm", "coverage", "is_unusual"]
+    table = stress_table(pd.DataFrame(rows, columns=columns).assign(unit="mm")).iloc[0]
+    assert table[["mean", "ci_low", "ci_high"]].tolist() == pytest.approx([2.0, 2.0, 2.0])
+    assert (table["n"], table["error_mm"], table["unusual"]) == (5, 6.0, 0.2)
+
+
+def test_workers_score_as_one_process_does(scores):
+    again = score_subjects(scores[0][:2], {"ours": [r.curves for r in scores[0][:2]]}, n_jobs=2)
+    single = score_subjects(scores[0][:2], {"ours": [r.curves for r in scores[0][:2]]})
+    pd.testing.assert_frame_equal(again, single)
 
 
 def test_headline_names(scores):

