@@ -84,73 +84,6 @@ def severity_plot(
     return figure
 
 
-def learning_curve(table: pd.DataFrame, value: str = _ERROR_NAME, unit: str = "mm", title: str = "") -> Figure:
-    """Return the error against the number of training subjects; a method with one row is drawn as a level line.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns method, training_subjects, mean, ci_low, ci_high, n (test subjects).
-    value, unit : str
-        Axis label.
-    """
-    _require(table, "method", "training_subjects")
-    figure, axes = plt.subplots(figsize=(4.4, 3.4))
-    methods = list(table["method"].unique())
-    for method in methods:
-        rows = table[table["method"] == method].sort_values("training_subjects")
-        colour, marker, line = method_style(method, methods)
-        style = {"color": colour, "ls": line, "label": METHOD_NAMES.get(method, method)}
-        if len(rows) == 1:
-            axes.axhline(rows["mean"].iloc[0], lw=1.2, **style)
-            continue
-        sizes = rows["training_subjects"]
-        axes.fill_between(sizes, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.2, lw=0)
-        axes.plot(sizes, rows["mean"], marker=marker, ms=5, **style)
-    axes.set(xscale="log", xlabel="training subjects", title=title)
-    axes.set_ylabel(f"{with_unit(value, unit)}\nmean and 95% CI, n = {count_range(table['n'])}")
-    sizes = np.sort(table["training_subjects"].dropna().unique())
-    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], fontsize=8, rotation=40, ha="right")
-    axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    return figure
-
-
-def ablation_plot(
-    table: pd.DataFrame, base: str = "base", value: str = _ERROR_NAME, unit: str = "mm", title: str = ""
-) -> Figure:
-    """Return the mean of every variant with its interval, and its difference from the base variant.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns variant, mean, ci_low, ci_high, n; drawn in its order.
-    base : str
-        The variant that the others are changes of; its interval is shaded.
-    value, unit : str
-        Axis label.
-    """
-    _require(table, "variant")
-    if base not in set(table["variant"]):
-        message = f"no base variant {base!r}. This table has: {', '.join(map(str, table['variant']))}."
-        raise InputError(message)
-    start = table[table["variant"] == base].iloc[0]
-    figure, axes = plt.subplots(figsize=(5.2, 0.3 * len(table) + 1.0))
-    axes.axvspan(start["ci_low"], start["ci_high"], color=PREDICTED, alpha=0.12, lw=0)
-    axes.axvline(start["mean"], color=PREDICTED, lw=1)
-    for place, row in enumerate(table.itertuples()):
-        is_base = row.variant == base
-        change = "" if is_base else f" ({row.mean - start['mean']:+.2f})".replace("-", "−")
-        _forest_row(axes, place, row, PREDICTED if is_base else "#333333", f"{row.mean:.2f}{change}")
-    axes.set_yticks(range(len(table)), table["variant"])
-    axes.get_yticklabels()[list(table["variant"]).index(base)].set_color(PREDICTED)
-    axes.set(xlabel=f"{with_unit(value, unit)}, mean and 95% CI, n = {count_range(table['n'])}", title=title)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    return figure
-
-
 def stress_plot(table: pd.DataFrame, value: str = _ERROR_NAME, title: str = "") -> Figure:
     """Return the error under stress as a multiple of the same people's error without it, by condition and level.
 
@@ -178,36 +111,6 @@ def stress_plot(table: pd.DataFrame, value: str = _ERROR_NAME, title: str = "") 
     _logarithmic(axes, (1, 1.25, 1.5, 2, 3, 5, 7))
     axes.set(xlabel=f"{value} / without stress\nmean and 95% CI, n = {count_range(table['n'])}", title=title)
     figure.set_size_inches(5.2, 0.17 * max(labels) + 1.0)
-    return figure
-
-
-def novelty_plot(scores: dict[str, np.ndarray], threshold: float, title: str = "") -> Figure:
-    """Return the novelty of every condition's images as points and box, and the share above the threshold.
-
-    Parameters
-    ----------
-    scores : dict of str to ndarray
-        Distances of `spinelib.novelty.Novelty.distance`, about 1 for ordinary images.
-    threshold : float
-        The distance beyond which an image is called unusual.
-    """
-    figure, axes = plt.subplots(figsize=(5.2, 0.42 * len(scores) + 1.0))
-    rng = np.random.default_rng(0)
-    for place, values in enumerate(scores.values()):
-        values = np.asarray(values, float)
-        above = values > threshold
-        heights = place + rng.uniform(-0.22, 0.22, len(values))
-        for chosen, colour in ((~above, TRUTH), (above, PREDICTED)):
-            axes.plot(values[chosen], heights[chosen], "o", color=colour, ms=2.5, alpha=0.5, mew=0)
-        _note(axes, place, f"{above.mean():.0%} of {len(values)}")
-    lines = {"medianprops": {"color": "black"}, "showfliers": False, "widths": 0.55}
-    axes.boxplot(list(scores.values()), positions=range(len(scores)), orientation="horizontal", **lines)
-    axes.axvline(threshold, color="#555555", ls="--", lw=1)
-    _note(axes, 1, "unusual", xycoords="axes fraction", va="bottom", weight="bold")
-    axes.set_yticks(range(len(scores)), list(scores))
-    _logarithmic(axes, (1, 2, 5))
-    axes.set(xlabel="distance from ordinary images (about 1 for these, no unit)", title=title)
-    axes.invert_yaxis()
     return figure
 
 

@@ -64,42 +64,6 @@ def test_a_group_that_a_method_lacks_is_left_empty():
     assert axes.get_xlabel() == "true Cobb angle (degrees)"
 
 
-def test_learning_curve_is_logarithmic_and_sorted_with_baselines_level():
-    sizes = [1000, 30, 200]
-    frame = table(method=["ours"] * 3 + ["mean_curve"], training_subjects=[*sizes, np.nan], mean=[2.0, 6, 4, 9], n=300)
-    figure = cf.learning_curve(frame)
-    axes = figure.axes[0]
-    ours, baseline = axes.lines
-    assert axes.get_xscale() == "log"
-    assert ours.get_xdata().tolist() == [30, 200, 1000]
-    assert ours.get_ydata().tolist() == [6, 4, 2]
-    assert set(baseline.get_ydata()) == {9}
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["30", "200", "1,000"]
-    band = axes.collections[0].get_paths()[0].vertices
-    assert {(30, 5.75), (30, 6.5), (1000, 1.75), (1000, 2.5)} <= {tuple(v) for v in band}
-    assert "n = 300" in axes.get_ylabel()
-    assert "(mm)" in axes.get_ylabel()
-    assert len(figure.legends[0].get_texts()) == 2
-
-
-def test_ablation_marks_its_base_and_tells_differences():
-    frame = table(variant=["full", "no_bone"], mean=[2.0, 2.5], n=300)
-    axes = cf.ablation_plot(frame, base="full").axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["full", "no_bone"]
-    assert axes.yaxis_inverted()  # the table's order, from above
-    assert intervals(axes) == [(1.75, 2.5), (2.25, 3.0)]
-    assert [t.get_text() for t in axes.texts] == ["2.00", "2.50 (+0.50)"]
-    dots = [line for line in axes.lines if line.get_marker() == "o"]
-    assert [dot.get_color() == PREDICTED for dot in dots] == [True, False]
-    shade = axes.patches[0].get_extents().transformed(axes.transData.inverted())
-    assert np.allclose([shade.x0, shade.x1], [1.75, 2.5])
-
-
-def test_ablation_needs_its_base():
-    with pytest.raises(InputError, match="no base variant 'base'.*full"):
-        cf.ablation_plot(table(variant=["full"], mean=[2.0], n=3))
-
-
 def test_stress_is_grouped_by_condition_against_no_change():
     frame = table(
         stress=["crop_top", "crop_top", "scanner"], level=[40, -2.5, 1], unit="mm", mean=[1.25, 1.5, 2.0], n=80
@@ -119,21 +83,7 @@ def test_stress_is_grouped_by_condition_against_no_change():
     assert axes.yaxis_inverted()
 
 
-def test_novelty_shows_every_score_and_the_share_above_the_threshold():
-    scores = {"held out": np.linspace(0.5, 1, 20), "implants": np.array([0.5, 3.0, 4.0, 5.0])}
-    axes = cf.novelty_plot(scores, 2.0).axes[0]
-    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
-    assert np.allclose(np.sort(np.concatenate(dots)), np.sort(np.concatenate(list(scores.values()))))
-    above = [line for line in axes.lines if line.get_marker() == "o" and line.get_color() == PREDICTED]
-    assert np.concatenate([line.get_xdata() for line in above]).tolist() == [3, 4, 5]
-    assert {"0% of 20", "75% of 4"} < {t.get_text() for t in axes.texts}
-    assert any(set(line.get_xdata()) == {2.0} for line in axes.lines)
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["held out", "implants"]
-
-
-@pytest.mark.parametrize(
-    "draw", [cf.severity_plot, cf.learning_curve, cf.ablation_plot, cf.stress_plot], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("draw", [cf.severity_plot, cf.stress_plot], ids=lambda f: f.__name__)
 def test_tables_without_intervals_are_refused(draw):
     with pytest.raises(InputError, match="lacks the columns:.*ci_low"):
         draw(pd.DataFrame({"method": ["ours"], "mean": [1.0]}))

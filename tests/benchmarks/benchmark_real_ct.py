@@ -56,8 +56,10 @@ def score(scan: Scan, predictor: CurvePredictor, mean_curve: MeanCurve):
     truth = curves_from_labels(read_volume(REALDATA / scan.labels), scan.values)
     window = predictor.window(image)
     curves = {"mean_curve": mean_curve.predict(image, window), "ours": predictor.predict(image, window)}
+    unusual = predictor.estimate(image, window).is_unusual
     rows = [
-        {"scan": scan.name, "levels": scan.levels, "method": m, **curve_errors(c, truth)} for m, c in curves.items()
+        {"scan": scan.name, "levels": scan.levels, "method": m, "unusual": unusual, **curve_errors(c, truth)}
+        for m, c in curves.items()
     ]
     return rows, image, {"labels": truth, **curves}
 
@@ -66,7 +68,7 @@ def main() -> None:
     """Score both scans, write the table and a picture each."""
     use_house_style()
     predictor = CurvePredictor.load()
-    train = curve_examples(load_cohort(open_cohort("", "data", 320), splits=("train",)))
+    train = curve_examples(load_cohort(open_cohort("", "data", 1280), splits=("train",)))
     mean_curve = MeanCurve().fit(train, [predictor.window(e.dxa) for e in train])
     rows = []
     for scan in SCANS:
