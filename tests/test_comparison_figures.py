@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from spinelib import comparison_figures as cf
 from spinelib.errors import InputError
-from spinelib.figures import PREDICTED, TRUTH, use_house_style
+from spinelib.figures import METHOD_NAMES, PREDICTED, TRUTH, use_house_style
 
 mpl.use("agg")
 
@@ -52,7 +52,7 @@ def test_groups_have_their_means_intervals_and_counts(group):
         assert np.allclose([s[:, 1] for s in stems.get_segments()], [[m - 0.25, m + 0.5] for m in means])
     places = [bars.lines[0].get_xdata() for bars in axes.containers]
     assert np.all(places[0] < places[1])  # side by side
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["ours", "paper's network"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["ours", METHOD_NAMES["paper"]]
     assert "(mm)" in axes.get_ylabel()
 
 
