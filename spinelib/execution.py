@@ -65,9 +65,13 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], working_dir:
 
 
 class PeakMemory:
-    """Largest summed memory of this process's children while a ``with`` block runs, in `peak_gb`."""
+    """Largest summed memory of this process's children while a ``with`` block runs, in `peak_gb`.
 
-    def __init__(self, seconds: float = 0.2) -> None:
+    Asking the kernel for shared memory walks all pages and holds up the process that is asked: five times a second
+    it cost workers half of their time, every few seconds it does not show. The end of the block is looked at, too.
+    """
+
+    def __init__(self, seconds: float = 3.0) -> None:
         self.peak_gb = 0.0
         self._seconds = seconds
         self._stop = threading.Event()
@@ -82,7 +86,9 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._seconds):
+        ended = False
+        while not ended:
+            ended = self._stop.wait(self._seconds)
             self.peak_gb = max(self.peak_gb, round(_children_bytes() / 1e9, 3))
 
 

@@ -101,6 +101,8 @@ COLUMNS = {
 def as_markdown(name: str) -> str:
     """Return one committed table as Markdown."""
     table = pd.read_csv(TABLES[name], keep_default_na=False)
+    if name in ("ablation", "learning"):
+        table = table[table["state"] == "done"].astype({column: float for column in list(COLUMNS[name])[1:]})
     if name == "agreement":
         table = _angles_of_ours_and_ridge(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])
