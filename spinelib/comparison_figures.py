@@ -108,7 +108,7 @@ def stress_plot(table: pd.DataFrame, value: str = _ERROR_NAME, title: str = "") 
             labels.setdefault(place + step, f"{row.level:g}" if isinstance(row.level, Number) else f"{row.level}")
             _forest_row(axes, place + step, row, colour, f"{row.mean:.2f}")
     _name_rows(axes, labels, headings)
-    _logarithmic(axes, (1, 1.25, 1.5, 2, 3, 5, 7))
+    _logarithmic(axes, (1, 1.5, 2, 3, 5, 7))
     axes.set(xlabel=f"{value} / without stress\nmean and 95% CI, n = {count_range(table['n'])}", title=title)
     figure.set_size_inches(5.2, 0.17 * max(labels) + 1.0)
     return figure
