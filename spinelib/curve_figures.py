@@ -155,18 +155,6 @@ def axial_view_figure(tables: dict[str, pd.DataFrame], title: str = "") -> Figur
     return figure
 
 
-def agreement(truth, predicted, name: str, unit: str = "degrees") -> Figure:
-    """Return predicted against true values and their differences (Bland-Altman), with bias and 95% limits."""
-    truth, predicted = _pairs(truth, predicted)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
-    ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
-    left.plot(ends, ends, color="#999999", lw=1)
-    left.plot(truth, predicted, "o", color=PREDICTED, ms=3.5, alpha=0.7)
-    left.set(xlabel=f"true {name} ({unit})", ylabel=f"predicted {name} ({unit})", title=f"n = {len(truth)}")
-    _bland_altman(right, truth, predicted - truth, unit)
-    return figure
-
-
 def bland_altman_grid(frame: pd.DataFrame, measures, title: str = "") -> Figure:
     """Return a Bland-Altman panel for each measure, with bias, 95% limits and their intervals.
 

@@ -4,20 +4,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from spinelib import comparison_figures as cf
 from spinelib.errors import InputError
-from spinelib.figures import METHOD_NAMES, PREDICTED, TRUTH, use_house_style
+from spinelib.figures import METHOD_NAMES, PREDICTED, TRUTH
 
 mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    use_house_style()
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("house_style")
 
 
 def table(**columns):

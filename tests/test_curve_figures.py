@@ -4,39 +4,17 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from spinelib import curve_figures as cf
 from spinelib.angles import LEVEL_FRACTIONS
 from spinelib.clinical import MEASURES, axial_view, limits_of_agreement
 from spinelib.errors import InputError
-from spinelib.figures import use_house_style
-from spinelib.geometry import PlanarGrid, Projection
 from spinelib.metrics import bootstrap_ci
 from spinelib.spine import Curves
 
 mpl.use("agg")
+pytestmark = pytest.mark.usefixtures("house_style")
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    use_house_style()
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def curves():
-    heights = np.linspace(470, 5, 209)
-    centre, depth = 15 * np.sin(heights / 90), 18 * np.cos(heights / 140)
-    return Curves(heights, np.stack([centre + 19, centre, centre - 19]), np.stack([depth + 15, depth, depth - 15]))
-
-
-@pytest.fixture(scope="module")
-def image():
-    grid = PlanarGrid.centred("coronal", (333, 250), (3.0, 2.4), (200.0, 0.0))
-    return Projection(("bone", "tissue"), RNG.random((2, 333, 250)).astype(np.float32), grid)
 
 
 def trace(figure, name):
@@ -151,17 +129,20 @@ def level_lines(axes):
 
 def test_bland_altman_lines_are_bias_and_limits():
     truth = np.array([10.0, 20, 30, 40, np.nan])
-    left, right = cf.agreement(truth, truth + [1, 2, 3, 2, 0], "Cobb angle").axes
-    low, bias, high = level_lines(right)
+    frame = pd.DataFrame({"true_cobb_deg": truth, "predicted_cobb_deg": truth + [1, 2, 3, 2, 0]})
+    axes = cf.bland_altman_grid(frame, ["cobb_deg"]).axes[0]
+    low, bias, high = level_lines(axes)
     assert np.isclose(bias, 2.0)
     assert np.isclose(high - low, 2 * 1.96 * np.std([1, 2, 3, 2], ddof=1))
-    assert np.allclose(right.lines[0].get_xdata(), [10.5, 21, 31.5, 41])
-    assert left.get_title("left") == "n = 4"
+    assert np.allclose(axes.lines[0].get_xdata(), [10.5, 21, 31.5, 41])
+    assert axes.get_title("left") == "Cobb angle, n = 4"
 
 
 def test_agreement_of_nothing_is_refused():
     with pytest.raises(InputError, match="no subject"):
-        cf.agreement([1.0, np.nan], [np.nan, 2.0], "Cobb angle")
+        cf.bland_altman_grid(
+            pd.DataFrame({"true_cobb_deg": [1.0, np.nan], "predicted_cobb_deg": [np.nan, 2.0]}), ["cobb_deg"]
+        )
 
 
 def test_grid_has_a_panel_with_limits_for_every_measure():

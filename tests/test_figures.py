@@ -3,38 +3,16 @@
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 
 from spinelib import figures
 from spinelib.dress import dressed_spine
-from spinelib.geometry import PlanarGrid, PlanarTransform, Projection
+from spinelib.geometry import PlanarTransform, Projection
 from spinelib.levels import COLOURS
 from spinelib.metrics import match_depth
 from spinelib.reconstruct import reconstruct
-from spinelib.spine import Curves
 
 mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    figures.use_house_style()
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def curves():
-    heights = np.linspace(470, 5, 209)
-    centre, depth = 15 * np.sin(heights / 90), 18 * np.cos(heights / 140)
-    return Curves(heights, np.stack([centre + 19, centre, centre - 19]), np.stack([depth + 15, depth, depth - 15]))
-
-
-@pytest.fixture(scope="module")
-def image():
-    grid = PlanarGrid.centred("coronal", (333, 250), (3.0, 2.4), (200.0, 0.0))
-    values = np.random.default_rng(0).random((2, 333, 250)).astype(np.float32)
-    return Projection(("bone", "tissue"), values, grid)
+pytestmark = pytest.mark.usefixtures("house_style")
 
 
 def test_image_axes_are_millimetres_with_the_patients_right_on_the_left(image):

@@ -213,8 +213,9 @@ class KernelRegressor:
         for with_strip in (False, True) if refine else (False,):
             if with_strip:
                 frames = _improved(frames, left_out)
-            features, mirror, weights = _features(windows, frames, channels, with_strip)
-            machine, left_out = MirrorRidge.fit(features, mirror, weights, *_targets(rows_mm, ends_mm, frames))
+            parts = _looked_at(windows, frames, channels, with_strip)
+            targets = _targets(rows_mm, ends_mm, frames)
+            machine, left_out = MirrorRidge.fit(_flat(parts), _mirror(parts), _weights(parts), *targets)
             machines.append(machine)
         errors = _centre_errors(_curves(frames, left_out)[1], rows_mm, frames)
         machines[-1].fit_spread(functional.adaptive_avg_pool1d(errors[:, None], _SPREAD_ROWS)[:, 0])
@@ -250,10 +251,10 @@ class KernelRegressor:
         CURVE_COLUMNS order, the coronal ones relative to the window's middle. The spread is a typical 3D error.
         """
         frames = Frames.from_ends(windows.ends_mm)
-        found = self.coarse(_features(windows, frames, self.channels, with_strip=False)[0])
+        found = self.coarse(_flat(_looked_at(windows, frames, self.channels, with_strip=False)))
         if self.fine is not None:
             frames = _improved(frames, found)
-            found = self.fine(_features(windows, frames, self.channels, with_strip=True)[0])
+            found = self.fine(_flat(_looked_at(windows, frames, self.channels, with_strip=True)))
         ends, curves = _curves(frames, found)
         spread = functional.interpolate(found["spread"][:, None], ROWS, mode="linear", align_corners=False)[:, 0]
         steps = torch.linspace(0, 1, K_DEFAULT, device=ends.device)
@@ -266,22 +267,32 @@ def _shares(device):
     return torch.linspace(_REACH, -_REACH, ROWS, device=device)
 
 
-def _features(windows, frames, channels, with_strip):
-    """Return features (n, d) of bytes, where each comes from in the mirror image (d,), and weights (d,)."""
+def _looked_at(windows, frames, channels, with_strip):
+    """Return the trunk and, for step two, the strip: images (n, c, rows, cols) of bytes."""
     parts = [_sampled(windows, frames, (112, 112), _FRAME, False, 8)]
     if with_strip:
         parts.append(_sampled(windows, frames, (112, 32), _STRIP, True, 2))
     kept = {"both": slice(None), "bone": slice(0, 1), "tissue": slice(1, 2)}[channels]
-    parts = [part[:, kept] for part in parts]
-    mirror, start = [], 0
-    for part in parts:
-        places = torch.arange(part[0].numel(), device=part.device).reshape(part.shape[1:])
-        mirror.append(places.flip(2).reshape(-1) + start)
-        start += part[0].numel()
+    return [part[:, kept] for part in parts]
+
+
+def _flat(parts):
+    """Return features (n, d)."""
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def _mirror(parts):
+    """Return where each feature comes from in the mirrored image, (d,)."""
+    count = sum(part[0].numel() for part in parts)
+    places = torch.arange(count, device=parts[0].device).split([part[0].numel() for part in parts])
+    return torch.cat([p.view(part.shape[1:]).flip(2).flatten() for p, part in zip(places, parts, strict=True)])
+
+
+def _weights(parts):
+    """Return weights (d,) with which the parts count alike, whatever their size."""
     greys = [part.float().masked_fill(part == _UNSEEN, 0).flatten(1) for part in parts]
-    spread = [grey.var(0, correction=0).sum().sqrt().clamp(min=1e-6) for grey in greys]  # parts count alike
-    weights = torch.cat([(1 / s).expand(part[0].numel()) for s, part in zip(spread, parts, strict=True)])
-    return torch.cat([part.flatten(1) for part in parts], 1), torch.cat(mirror), weights
+    spread = [grey.var(0, correction=0).sum().sqrt().clamp(min=1e-6) for grey in greys]
+    return torch.cat([(1 / s).expand(grey.shape[1]) for s, grey in zip(spread, greys, strict=True)])
 
 
 def _sampled(windows, frames, shape, width, straightened, pool):
