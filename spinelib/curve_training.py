@@ -61,7 +61,7 @@ def train_kernel(
     examples,
     *,
     channels: str = "both",
-    refine: bool = True,
+    steps: int = 3,
     spoil: bool = True,
     seed: int = 0,
     device: str = "cpu",
@@ -72,8 +72,8 @@ def train_kernel(
     ----------
     examples : sequence of CurveExample
         May be read one by one, as a `ShardedCohort` is.
-    channels, refine
-        See `KernelRegressor`.
+    channels, steps
+        See `KernelRegressor.fit`.
     spoil : bool
         Cut, blur or disturb a quarter of the images, see `WindowSet.spoilt`.
     device : str
@@ -92,7 +92,7 @@ def train_kernel(
     del pixels
     windows = windows.spoilt(seed) if spoil else windows
     truth = (torch.from_numpy(np.stack(part)).to(device) for part in (rows, ends))
-    return KernelRegressor.fit(windows, *truth, channels=channels, refine=refine, seed=seed).to("cpu")
+    return KernelRegressor.fit(windows, *truth, channels=channels, steps=steps, seed=seed).to("cpu")
 
 
 def calibrate_predictor(predictor: CurvePredictor, train, validation) -> CurvePredictor:
@@ -224,7 +224,9 @@ def _arguments(argv):
     parser = argparse.ArgumentParser(
         prog="spinelib train",
         description="Train the DXA -> curves predictor on a manifest.",
-        epilog="Example:  spinelib train data/synthetic-0/manifest-1200.csv -o runs/kernel",
+        epilog="Example:  spinelib train data/synthetic-0/manifest-1200.csv -o runs/kernel\n"
+        "Vertebrae in CT have their own:  spinelib train vertebrae --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("manifest", nargs="?", default="", help="train and validate on its splits")
     parser.add_argument("--shards", metavar="FOLDER", help="train on shards of synthetic people instead")

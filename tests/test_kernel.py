@@ -1,4 +1,4 @@
-"""Kernel regression: exact mirror symmetry, exact leave-one-out, exact round trips, and a law it must find."""
+"""Curves in three steps: exact mirror symmetry, exact round trips, and a law they must find."""
 
 from dataclasses import replace
 
@@ -10,12 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from spinelib.curve_training import train_kernel
 from spinelib.errors import InputError
-from spinelib.models import kernel
+from spinelib.models import kernel, strip
 from spinelib.models.datasets import true_window
-from spinelib.models.kernel import Frames, KernelRegressor, MirrorRidge
+from spinelib.models.kernel import Frames, KernelRegressor
 from spinelib.models.windows import WINDOW_PIXELS, WindowSet, window_truth
-
-UNSEEN_BYTE = 255
 
 
 def problem(examples):
@@ -24,6 +22,12 @@ def problem(examples):
     truth = [window_truth(e.curves, e.extended, w) for e, w in zip(examples, windows, strict=True)]
     rows, ends = (torch.from_numpy(np.stack(part)) for part in zip(*truth, strict=True))
     return WindowSet.of([e.dxa for e in examples], windows), rows, ends
+
+
+def with_network(monkeypatch):
+    """Let a handful of people have a network, trained for a moment."""
+    monkeypatch.setattr(kernel, "_NETWORK_SUBJECTS", 8)
+    monkeypatch.setattr(strip, "_STEPS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -36,79 +40,6 @@ def people():
 @pytest.fixture(scope="module")
 def regressor(people):
     return train_kernel(people, spoil=False)
-
-
-def random_features(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randint(0, 200, (count, 12), generator=generator, dtype=torch.uint8)
-    features[0, 3] = UNSEEN_BYTE
-    mirror = torch.arange(12).flip(0)
-    even, odd = (torch.randn(count, p, generator=generator) for p in (3, 2))
-    return features, mirror, torch.ones(12), even, odd
-
-
-def systems(machine, features):
-    """The kernels of subjects with themselves, penalty included, in double precision and exactly symmetric."""
-    lower = {name: k.double().tril() for name, k in machine._kernels(features).items()}
-    return {name: k + k.tril(-1).T + kernel._PENALTY * torch.eye(len(k)) for name, k in lower.items()}
-
-
-def test_left_out_outputs_are_those_of_refitting_without_the_subject():
-    features, mirror, weights, even, odd = random_features(12)
-    machine, left_out = MirrorRidge.fit(features, mirror, weights, even, odd)
-    for name, targets in (("even", even), ("odd", odd)):
-        system, mean = systems(machine, features)[name], machine.tensors[f"{name}_mean"]
-        codes = ((targets - mean) @ machine.tensors[f"{name}_basis"]).double()
-        for one in range(12):
-            rest = [i for i in range(12) if i != one]
-            coefficients = torch.linalg.solve(system[rest][:, rest], codes[rest])
-            code = system[one, rest] @ coefficients
-            expected = code.float() @ machine.tensors[f"{name}_basis"].T + mean
-            # All components are kept here, so that nothing of the subject's own target is in its basis.
-            assert left_out[name][one] == pytest.approx(expected, abs=1e-5)
-
-
-def test_two_systems_of_n_are_one_of_2n_with_mirrored_twins():
-    features, mirror, weights, even, odd = random_features(9)
-    machine, _ = MirrorRidge.fit(features, mirror, weights, even, odd)
-    asked = random_features(4, seed=1)[0]
-    found = machine(asked)
-    twins = machine._scaled(torch.cat([features, features[:, mirror]])).double()
-    gaussian = kernel._gaussian(twins, twins) + kernel._PENALTY * torch.eye(18)
-    between = kernel._gaussian(machine._scaled(asked).double(), twins)
-    for name, targets, sign in (("even", even, 1), ("odd", odd, -1)):
-        mean = machine.tensors[f"{name}_mean"]
-        both = torch.cat([targets - mean, sign * (targets - mean)]).double()
-        expected = between @ torch.linalg.solve(gaussian, both) + mean
-        assert found[name] == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_small_penalty_reproduces_the_training_targets(monkeypatch):
-    monkeypatch.setattr(kernel, "_PENALTY", 1e-9)
-    features, mirror, weights, even, odd = random_features(9)
-    found = MirrorRidge.fit(features, mirror, weights, even, odd)[0](features)
-    assert found["even"] == pytest.approx(even, abs=1e-3)
-    assert found["odd"] == pytest.approx(odd, abs=1e-3)
-
-
-def test_unseen_bytes_count_as_the_mean():
-    features, mirror, weights, even, odd = random_features(9)
-    machine, _ = MirrorRidge.fit(features, mirror, weights, even, odd)
-    assert machine._scaled(features)[0, 3] == 0
-    both = torch.cat([features, features[:, mirror]])[:, 3].float()
-    seen = both[both != UNSEEN_BYTE]
-    assert machine.tensors["mean"][3] == pytest.approx(float(seen.mean()) / kernel._GREYS, rel=1e-5)
-    middle = (machine.tensors["mean"] * kernel._GREYS).round().byte()[None]
-    nothing = torch.full_like(middle, UNSEEN_BYTE)
-    assert machine(nothing)["even"] == pytest.approx(machine(middle)["even"], abs=0.05)  # a byte is rounded
-    assert machine(nothing)["odd"] == pytest.approx(torch.zeros(1, 2), abs=1e-6)  # as symmetric as can be
-
-
-def test_spread_is_positive_and_its_mean_that_of_logarithms():
-    features, mirror, weights, even, odd = random_features(9)
-    machine, _ = MirrorRidge.fit(features, mirror, weights, even, odd)
-    machine.fit_spread(torch.full((9, 4), 2.5))
-    assert machine(random_features(5, seed=2)[0])["spread"] == pytest.approx(torch.full((5, 4), 2.5), rel=1e-5)
 
 
 def test_targets_and_curves_are_inverse(people):
@@ -136,17 +67,20 @@ def test_strip_follows_the_centre_line(people):
     )
     centre = torch.tensor(np.stack([c.at(h).coronal_mm[1] for c, h in zip(example, heights.numpy(), strict=True)]))
     centre -= torch.tensor([[true_window(e.curves).right_mm] for e in people[:3]])
-    strip = kernel._sampled(windows, replace(frames, centre=centre.float()), (112, 32), kernel._STRIP, True, 2)
+    strip = kernel._sampled(windows, replace(frames, centre=centre.float()), (112, 32), (kernel._FRAME, 0.3), True, 2)
     bone = strip[:, 0, 16:40].float()  # inside the column
     places = torch.arange(16) - 7.5
     shift = (bone * places).sum(2) / bone.sum(2)
     assert shift.abs().max() < 0.15  # of a block of 18 mm
 
 
-@pytest.mark.parametrize("refine", [True, False])
-def test_a_mirrored_image_gives_exactly_the_mirrored_curves(people, refine):
+@pytest.mark.parametrize("steps", ["one", "two", "three"])
+def test_a_mirrored_image_gives_exactly_the_mirrored_curves(people, steps, monkeypatch):
     windows, rows, ends = problem(people[:24])
-    regressor = KernelRegressor.fit(windows.spoilt(0), rows, ends, refine=refine)
+    if steps == "three":
+        with_network(monkeypatch)
+    regressor = KernelRegressor.fit(windows.spoilt(0), rows, ends, steps=1 if steps == "one" else 3)
+    assert (regressor.network is not None) == (steps == "three")
     asked = problem(people[24:])[0]
     heights, curves, spread = regressor(asked)
     mirrored = regressor(WindowSet(asked.images.flip(3), asked.ends_mm))
@@ -187,19 +121,26 @@ def test_one_channel_ignores_the_other(people, channels, other):
     assert not torch.equal(regressor(windows)[1], regressor(replace(windows, images=images))[1])
 
 
-@pytest.mark.parametrize("refine", [True, False])
-def test_state_survives_a_file(people, tmp_path, refine):
-    regressor = train_kernel(people[:10], refine=refine, channels="bone")
+@pytest.mark.parametrize("steps", [3, 1])
+def test_state_survives_a_file(people, tmp_path, steps, monkeypatch):
+    with_network(monkeypatch)
+    regressor = train_kernel(people[:10], steps=steps, channels="bone")
     save_file(regressor.state(), tmp_path / "k.safetensors")
     again = KernelRegressor.from_state(load_file(tmp_path / "k.safetensors"), **regressor.config)
-    assert (again.fine is not None) == refine
+    assert (again.fine is not None) == (again.network is not None) == (steps == 3)
     assert again.config == {"channels": "bone"}
     windows = problem(people[10:12])[0]
     for one, two in zip(regressor(windows), again(windows), strict=True):
         assert torch.equal(one, two)
 
 
-def test_seed_decides_the_training(people):
+def test_few_people_get_no_network(regressor):
+    assert regressor.network is None
+    assert not any(name.startswith("network.") for name in regressor.state())
+
+
+def test_seed_decides_the_training(people, monkeypatch):
+    with_network(monkeypatch)
     asked = problem(people[10:12])[0]
     one, two, other = (train_kernel(people[:10], seed=seed)(asked)[1] for seed in (1, 1, 2))
     assert torch.equal(one, two)

@@ -1,133 +1,46 @@
-"""Curves by kernel regression in two steps, coarse to fine: quick to fit, and strong on cohorts of thousands.
+"""Curves in three steps, coarse to fine: two kernel regressions, and a small network that mends their depth.
 
 Step one looks at the whole trunk in a frame that spans T1-L5 and gives a first centre line and better ends. Step two
 looks again in the improved frame, now also at a strip straightened along that centre line, in which every pedicle
-and end plate lies where it lay in the other subjects: how far the arches have moved against the bodies tells how a
-vertebra is tilted out of the image plane.
+and end plate lies where it lay in the other subjects. Both are kernel ridge regressions, quick to fit and strong on
+cohorts of hundreds. Step three needs more people: a network looks at a finer strip, see `spinelib.models.strip`.
 
-Both steps are kernel ridge regressions that treat left and right alike: a mirrored image gives the mirrored curves
-exactly. Step two is fitted on what step one says of subjects it has not seen (leave-one-out, in closed form), so
-that it learns to mend errors of the size it will meet. The same left-out errors teach the spread.
+All steps treat left and right alike: a mirrored image gives the mirrored curves exactly. Each is fitted on what the
+one before says of subjects it has not seen (leave-one-out, in closed form), so that it learns to mend errors of the
+size it will meet. The errors that remain on the training subjects teach the spread.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from spinelib.errors import InputError
 from spinelib.models.crop import PITCH_MM
+from spinelib.models.mirror import GREYS, UNSEEN_BYTE, MirrorRidge
+from spinelib.models.strip import STRIP_SHAPE, StripNetwork
 from spinelib.models.windows import UNSEEN, WINDOW_PIXELS, WindowSet
 from spinelib.spine import K_DEFAULT
 
 ROWS = 109
 """Heights at which curves are regressed; they reach 4% of the T1-L5 length beyond either end."""
 
-CHANNEL_CHOICES = ("both", "bone", "tissue")
+_KEPT = {"both": slice(None), "bone": slice(0, 1), "tissue": slice(1, 2)}
+STEPS = 3
+CHANNEL_CHOICES = tuple(_KEPT)
 
 _REACH = 0.54
 _FRAME = 1.25  # side of the frame that step one sees, in T1-L5 lengths
-_STRIP = 0.30  # width of the strip, likewise
+_STRIP = 0.20  # width of the strips, likewise
 _SPREAD_ROWS = 17
 _ENDS_WEIGHT = 3.0  # two numbers among hundreds
 _ENDS_JITTER_MM = 2.5  # training frames are as wrong as a locator is
-_GREYS, _UNSEEN = 160, 255  # levels per unit of brightness: features are kept as bytes
 _CHUNK = 256
-_WIDTH = 0.05  # of the Gaussian kernel on features of unit total variance
-_PENALTY, _SPREAD_PENALTY = 1e-3, 30.0
-_COMPONENTS = {"even": 56, "odd": 24}
+_COARSE_COMPONENTS, _FINE_COMPONENTS = {"even": 24, "odd": 16}, {"even": 48, "odd": 24}
 _LEAST_SUBJECTS = 8
-
-
-class MirrorRidge:
-    """Kernel ridge regression with a Gaussian kernel, exactly equivariant under the mirror image.
-
-    For outputs that keep their value under the mirror ('even') the kernel is K(x, x') + K(x, mx'), for those that
-    change sign ('odd') K(x, x') - K(x, mx'): two systems of n equations, the same as one of 2n with mirrored twins.
-    Outputs are reduced to their principal components.
-
-    Parameters
-    ----------
-    tensors : dict of Tensor
-        As `fit` makes them.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
-
-    @classmethod
-    def fit(cls, features: UInt8[Tensor, "n d"], mirror, weights: Float[Tensor, " d"], even: Tensor, odd: Tensor):
-        """Return the fitted machine and, for every subject, the outputs learnt from all others.
-
-        Parameters
-        ----------
-        mirror : Tensor (d,) of int
-            Where each feature comes from in the mirrored image.
-        weights : Tensor (d,)
-            Relative weight of each feature.
-        even, odd : Tensor (n, p), (n, q)
-
-        Returns
-        -------
-        machine : MirrorRidge
-        left_out : dict of Tensor
-            'even' and 'odd', as the targets.
-        """
-        both = torch.cat([features, features[:, mirror]])
-        seen = both != _UNSEEN
-        mean = (both * seen).sum(0) / seen.sum(0).clamp(min=1) / _GREYS
-        machine = cls({"centres": features, "mirror": mirror.to(features.device), "mean": mean, "scale": weights})
-        machine.tensors["scale"] = weights / machine._scaled(features).square().sum(1).mean().sqrt()
-        systems = machine._kernels(features)
-        left_out = {name: machine._solve(name, systems[name], y) for name, y in (("even", even), ("odd", odd))}
-        return machine, left_out
-
-    def fit_spread(self, spread: Float[Tensor, "n r"]) -> None:
-        """Learn a positive quantity that varies slowly between subjects, on a logarithmic scale."""
-        values = spread.clamp(min=0.05).log().double()
-        system = self._kernels(self.tensors["centres"])["even"].double()
-        system.diagonal().add_(_SPREAD_PENALTY)
-        self.tensors["spread_mean"] = values.mean(0).float()
-        self.tensors["spread"] = torch.linalg.solve(system, values - values.mean(0)).float().contiguous()
-
-    def __call__(self, features: UInt8[Tensor, "b d"]) -> dict[str, Tensor]:
-        """Return 'even' (b, p), 'odd' (b, q) and, once fitted, 'spread' (b, r)."""
-        t, kernels = self.tensors, self._kernels(features)
-        found = {}
-        for name in ("even", "odd"):
-            codes = kernels[name].double() @ t[f"{name}_coefficients"].double()
-            found[name] = codes.float() @ t[f"{name}_basis"].T + t[f"{name}_mean"]
-        if "spread" in t:
-            found["spread"] = (kernels["even"] @ t["spread"] + t["spread_mean"]).exp()
-        return found
-
-    def _kernels(self, features):
-        x, centres = self._scaled(features), self._centres
-        same = _gaussian(x, centres)
-        other = _gaussian(self._scaled(features[:, self.tensors["mirror"]]), centres)
-        return {"even": same + other, "odd": same - other}
-
-    @cached_property
-    def _centres(self):
-        return self._scaled(self.tensors["centres"])
-
-    def _scaled(self, features):
-        values = (features.float() / _GREYS - self.tensors["mean"]) * self.tensors["scale"]
-        return values.masked_fill(features == _UNSEEN, 0.0)  # what is not seen counts as average
-
-    def _solve(self, name, system, targets):
-        mean = targets.mean(0) if name == "even" else torch.zeros_like(targets[0])
-        count = min(_COMPONENTS[name], *targets.shape)
-        basis = torch.linalg.svd(targets - mean, full_matrices=False).Vh[:count].T.contiguous()
-        system = system.double()
-        system.diagonal().add_(_PENALTY)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
-        coefficients = inverse @ ((targets - mean) @ basis).double()
-        self.tensors |= {f"{name}_mean": mean, f"{name}_basis": basis, f"{name}_coefficients": coefficients.float()}
-        return targets - (coefficients / inverse.diagonal()[:, None]).float() @ basis.T
+_NETWORK_SUBJECTS = 500  # step three was tried with 849 and more
 
 
 @dataclass(frozen=True)
@@ -164,13 +77,21 @@ class KernelRegressor:
     coarse : MirrorRidge
         Step one.
     fine : MirrorRidge or None
-        Step two; None leaves it out (for ablation).
+        Step two; None leaves it and step three out (for ablation).
+    network : StripNetwork or None
+        Step three; None where the training subjects were too few for it.
     channels : str
         'both', 'bone' or 'tissue': what is looked at.
     """
 
-    def __init__(self, coarse: MirrorRidge, fine: MirrorRidge | None, channels: str = "both"):
-        self.coarse, self.fine, self.channels = coarse, fine, channels
+    def __init__(
+        self,
+        coarse: MirrorRidge,
+        fine: MirrorRidge | None,
+        network: StripNetwork | None = None,
+        channels: str = "both",
+    ):
+        self.coarse, self.fine, self.network, self.channels = coarse, fine, network, channels
 
     @classmethod
     def fit(
@@ -180,7 +101,7 @@ class KernelRegressor:
         ends_mm: Float[Tensor, "n 2"],
         *,
         channels: str = "both",
-        refine: bool = True,
+        steps: int = STEPS,
         seed: int = 0,
     ) -> "KernelRegressor":
         """Return the regressor of training windows.
@@ -193,8 +114,10 @@ class KernelRegressor:
             True curves by pixel row, see `spinelib.models.windows.window_truth`.
         ends_mm : Tensor (n, 2)
             True ends.
-        channels, refine
+        channels : str
             See the attributes.
+        steps : int
+            1: the trunk alone; 2: the straightened strip too; 3: the network too, if the subjects suffice.
 
         Raises
         ------
@@ -209,17 +132,20 @@ class KernelRegressor:
             raise InputError(message)
         noise = torch.randn(ends_mm.shape, generator=torch.Generator().manual_seed(seed)).to(ends_mm)
         frames = Frames.from_ends(ends_mm + noise * _ENDS_JITTER_MM)
-        machines = []
-        for with_strip in (False, True) if refine else (False,):
-            if with_strip:
-                frames = _improved(frames, left_out)
-            parts = _looked_at(windows, frames, channels, with_strip)
-            targets = _targets(rows_mm, ends_mm, frames)
-            machine, left_out = MirrorRidge.fit(_flat(parts), _mirror(parts), _weights(parts), *targets)
-            machines.append(machine)
-        errors = _centre_errors(_curves(frames, left_out)[1], rows_mm, frames)
-        machines[-1].fit_spread(functional.adaptive_avg_pool1d(errors[:, None], _SPREAD_ROWS)[:, 0])
-        return cls(machines[0], machines[1] if refine else None, channels)
+        coarse, found, _ = _fitted(windows, rows_mm, ends_mm, frames, channels, _COARSE_COMPONENTS)
+        fine = network = None
+        if steps >= 2:
+            frames = _improved(frames, found)
+            fine, found, targets = _fitted(windows, rows_mm, ends_mm, frames, channels, _FINE_COMPONENTS, True)
+        if steps >= 3 and len(windows) >= _NETWORK_SUBJECTS:
+            strips = _fine_strip(windows, frames, channels)
+            torch.manual_seed(seed)
+            network = StripNetwork(ROWS, _ENDS_WEIGHT, strips.shape[1]).to(strips.device)
+            network.fit(strips, found, targets, frames.length, seed)
+            found = network.mended(strips, found)
+        errors = _centre_errors(_curves(frames, found)[1], rows_mm, frames)
+        (fine or coarse).fit_spread(functional.adaptive_avg_pool1d(errors[:, None], _SPREAD_ROWS)[:, 0])
+        return cls(coarse, fine, network, channels)
 
     def to(self, device) -> "KernelRegressor":
         """Return the regressor on a device."""
@@ -233,16 +159,22 @@ class KernelRegressor:
     def state(self) -> dict[str, Tensor]:
         """Return all tensors by name."""
         machines = {"coarse": self.coarse} | ({"fine": self.fine} if self.fine else {})
-        return {f"{name}.{k}": v for name, machine in machines.items() for k, v in machine.tensors.items()}
+        tensors = {f"{name}.{k}": v for name, machine in machines.items() for k, v in machine.tensors.items()}
+        own = self.network.state_dict() if self.network else {}
+        return tensors | {f"network.{k}": v for k, v in own.items()}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], channels: str) -> "KernelRegressor":
         """Return the regressor of `state`."""
-        coarse, fine = (
+        coarse, fine, weights = (
             {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-            for name in ("coarse", "fine")
+            for name in ("coarse", "fine", "network")
         )
-        return cls(MirrorRidge(coarse), MirrorRidge(fine) if fine else None, channels)
+        network = None
+        if weights:
+            network = StripNetwork(ROWS, _ENDS_WEIGHT, 2 if channels == "both" else 1).to(weights["out.bias"].device)
+            network.load_state_dict(weights)
+        return cls(MirrorRidge(coarse), MirrorRidge(fine) if fine else None, network, channels)
 
     def __call__(self, windows: WindowSet) -> tuple[Tensor, Tensor, Tensor]:
         """Return heights (n, 209), curves (n, 209, 6) and spread of the centre line (n, 209) of windows, mm.
@@ -255,6 +187,8 @@ class KernelRegressor:
         if self.fine is not None:
             frames = _improved(frames, found)
             found = self.fine(_flat(_looked_at(windows, frames, self.channels, with_strip=True)))
+        if self.network is not None:
+            found = self.network.mended(_fine_strip(windows, frames, self.channels), found)
         ends, curves = _curves(frames, found)
         spread = functional.interpolate(found["spread"][:, None], ROWS, mode="linear", align_corners=False)[:, 0]
         steps = torch.linspace(0, 1, K_DEFAULT, device=ends.device)
@@ -267,13 +201,25 @@ def _shares(device):
     return torch.linspace(_REACH, -_REACH, ROWS, device=device)
 
 
+def _fitted(windows, rows_mm, ends_mm, frames, channels, components, with_strip=False):
+    """Return the machine of a step, its left-out outputs and the targets."""
+    parts = _looked_at(windows, frames, channels, with_strip)
+    even, odd = _targets(rows_mm, ends_mm, frames)
+    machine, left_out = MirrorRidge.fit(_flat(parts), _mirror(parts), _weights(parts), even, odd, components)
+    return machine, left_out, {"even": even, "odd": odd}
+
+
 def _looked_at(windows, frames, channels, with_strip):
     """Return the trunk and, for step two, the strip: images (n, c, rows, cols) of bytes."""
-    parts = [_sampled(windows, frames, (112, 112), _FRAME, False, 8)]
+    parts = [_sampled(windows, frames, (112, 112), (_FRAME, _FRAME), False, 8)]
     if with_strip:
-        parts.append(_sampled(windows, frames, (112, 32), _STRIP, True, 2))
-    kept = {"both": slice(None), "bone": slice(0, 1), "tissue": slice(1, 2)}[channels]
-    return [part[:, kept] for part in parts]
+        parts.append(_sampled(windows, frames, (128, 32), (_FRAME, _STRIP), True, 2))
+    return [part[:, _KEPT[channels]] for part in parts]
+
+
+def _fine_strip(windows, frames, channels):
+    """Return the strips of step three: images (n, c, 216, 32) of bytes, from the first to the last row."""
+    return _sampled(windows, frames, STRIP_SHAPE, (2 * _REACH, _STRIP), True, 1)[:, _KEPT[channels]]
 
 
 def _flat(parts):
@@ -290,16 +236,16 @@ def _mirror(parts):
 
 def _weights(parts):
     """Return weights (d,) with which the parts count alike, whatever their size."""
-    greys = [part.float().masked_fill(part == _UNSEEN, 0).flatten(1) for part in parts]
+    greys = [part.float().masked_fill(part == UNSEEN_BYTE, 0).flatten(1) for part in parts]
     spread = [grey.var(0, correction=0).sum().sqrt().clamp(min=1e-6) for grey in greys]
     return torch.cat([(1 / s).expand(grey.shape[1]) for s, grey in zip(spread, greys, strict=True)])
 
 
-def _sampled(windows, frames, shape, width, straightened, pool):
-    """Return images (n, 2, rows, cols) of the frames in bytes, averaged over blocks, _UNSEEN where nothing is seen."""
-    rows, cols = shape
+def _sampled(windows, frames, shape, size, straightened, pool):
+    """Return images (n, 2, rows, cols) of the frames in bytes, averaged over blocks, UNSEEN_BYTE where not seen."""
+    (rows, cols), (height, width) = shape, size
     device = frames.middle.device
-    down = (0.5 - (torch.arange(rows, device=device) + 0.5) / rows) * _FRAME
+    down = (0.5 - (torch.arange(rows, device=device) + 0.5) / rows) * height
     across = (0.5 - (torch.arange(cols, device=device) + 0.5) / cols) * width
     half = WINDOW_PIXELS * PITCH_MM / 2
     blocks = []
@@ -312,8 +258,8 @@ def _sampled(windows, frames, shape, width, straightened, pool):
         inside = part.images.to(device).float() - UNSEEN  # beyond the stored square nothing is seen either
         pixels = functional.grid_sample(inside, places, align_corners=False) + UNSEEN
         means = functional.avg_pool2d(pixels, pool)
-        grey = (means.clamp(0, 1.5) * _GREYS).round().byte()
-        blocks.append(grey.masked_fill(means < 0.1 * UNSEEN, _UNSEEN))
+        grey = (means.clamp(0, 1.5) * GREYS).round().byte()
+        blocks.append(grey.masked_fill(means < 0.1 * UNSEEN, UNSEEN_BYTE))
     return torch.cat(blocks)
 
 
@@ -372,8 +318,3 @@ def _centre_errors(rows, rows_mm, frames):
     difference = rows[..., [1, 4]] - truth[..., [1, 4]]
     difference[..., 1] -= difference[..., 1].mean(1, keepdim=True)
     return difference.norm(dim=2)
-
-
-def _gaussian(a, b):
-    squared = a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * (a @ b.T)
-    return torch.exp(-_WIDTH * squared.clamp(min=0))

@@ -23,7 +23,7 @@ from spinelib.spine import CURVE_COLUMNS, K_DEFAULT, Curves
 from spinelib.uncertainty import Calibration
 
 SHIPPED_WEIGHTS = "curves.safetensors"
-FORMAT = "spinelib-curves-2"
+FORMAT = "spinelib-curves-3"
 
 
 @dataclass(frozen=True)
