@@ -7,7 +7,7 @@ import pytest
 
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, Volume
-from spinelib.imaging.ct import ct_volume
+from spinelib.imaging.ct import Protocol, acquire, add_table, grain, hounsfield, slice_weights
 from spinelib.imaging.mri import CHANNELS, coronal_projection, dixon_projection, dixon_volume, ukb_grid
 from spinelib.imaging.physics import MINERAL_DENSITY_G_CM3, TISSUES, mineral_hounsfield_per_g_cm3
 
@@ -132,36 +132,84 @@ def test_ukb_grid_has_the_published_size():
 def test_hounsfield_bands():
     tissue = body()
     tissue.fractions[:, :4] = 0
-    values = ct_volume(tissue, np.random.default_rng(0), table=False, blur_fwhm_mm=0).values
+    values = hounsfield(tissue.fractions, tissue.mineral)
     marrow, adipose, muscle = (tissue.fractions[TISSUES.index(t)] > 0.9 for t in ("marrow", "adipose", "muscle"))
     assert 80 < values[marrow].mean() < 240
     assert values[marrow].mean() == pytest.approx(-20 + 0.15 * mineral_hounsfield_per_g_cm3(), abs=4)
     assert -120 < values[adipose].mean() < -60
     assert 30 < values[muscle].mean() < 70
     assert abs(values[:, :4].mean() + 1000) < 1
-    assert values[muscle].std() == pytest.approx(15, abs=0.5)
+    other = hounsfield(tissue.fractions, tissue.mineral, {"muscle": 200.0})
+    np.testing.assert_allclose((other - values)[muscle], 150.0, atol=0.01)
+    np.testing.assert_array_equal(other[adipose], values[adipose])
 
 
 def test_table_lies_behind_the_body_and_is_thin():
     tissue = body(shape=(60, 60, 8))
-    with_table, without = (ct_volume(tissue, None, table=t, blur_fwhm_mm=0) for t in (True, False))
-    changed = with_table.values != without.values
+    without = hounsfield(tissue.fractions, tissue.mineral)
+    with_table = without.copy()
+    add_table(with_table, 4.0)
+    changed = with_table != without
     inside = tissue.fractions.sum(axis=0) > 0
     assert changed.any()
     assert not changed[inside].any()
     assert np.flatnonzero(changed.any(axis=(0, 2))).max() < np.flatnonzero(inside.any(axis=(0, 2))).min()
-    assert with_table.values[changed].max() <= -300
+    assert with_table[changed].max() <= -300
 
 
-def test_ct_blur_keeps_the_mean_and_the_grid():
+def test_kernels_keep_the_mean_and_sharp_ones_overshoot():
     tissue = body()
-    sharp, soft = (ct_volume(tissue, None, table=False, blur_fwhm_mm=w) for w in (0, 8.0))
-    assert soft.values.mean() == pytest.approx(sharp.values.mean(), rel=1e-3)
-    assert np.abs(np.diff(soft.values, axis=0)).max() < np.abs(np.diff(sharp.values, axis=0)).max()
-    np.testing.assert_array_equal(soft.affine, tissue.affine)
+    values = hounsfield(tissue.fractions, tissue.mineral)
+    sharp, soft = (
+        acquire(values, (4.0, 4.0, 4.0), Protocol(kernel_fwhm_mm=w, sharpening=s, noise_hu=0.0), None)
+        for w, s in ((4.0, 1.2), (8.0, 0.0))
+    )
+    assert soft.mean() == pytest.approx(values.mean(), rel=1e-3)
+    assert soft.max() <= values.max() + 1e-3
+    assert sharp.max() > values.max() + 10
+    assert np.abs(np.diff(soft, axis=0)).max() < np.abs(np.diff(sharp, axis=0)).max()
 
 
-@pytest.mark.parametrize("make", [lambda t: ct_volume(t, None), lambda t: dixon_volume(t, None)])
+def test_calibration_and_range():
+    values = np.array([-1000.0, 0.0, 1000.0, 9000.0]).reshape(4, 1, 1).repeat(3, 1).repeat(3, 2)
+    protocol = Protocol(kernel_fwhm_mm=0.0, noise_hu=0.0, gain=1.02, offset_hu=10.0)
+    shown = acquire(values, 2.0, protocol, np.random.default_rng(0))[:, 1, 1]
+    np.testing.assert_allclose(shown, [-990.0, 30.0, 1050.0, 3071.0], atol=0.01)
+
+
+def test_noise_has_the_asked_size_and_the_grain_of_the_kernel():
+    water = np.zeros((40, 40, 30), np.float32)
+    shown = acquire(water, 2.0, Protocol(kernel_fwhm_mm=4.0, noise_hu=20.0), np.random.default_rng(0))
+    assert shown.std() == pytest.approx(20, rel=0.01)
+    neighbours = (grain(np.random.default_rng(1), (40, 40, 30), (2.0, 2.0, 2.0), Protocol(w)) for w in (0.5, 4.0))
+    fine, coarse = (float((g[1:] * g[:-1]).mean()) for g in neighbours)
+    assert abs(fine) < 0.05
+    assert coarse > 0.5
+
+
+def test_streaks_run_from_side_to_side():
+    shown = acquire(np.zeros((60, 40, 30)), 2.0, Protocol(noise_hu=0.0, streak_hu=25.0), np.random.default_rng(0))
+    assert shown.std() == pytest.approx(25, rel=0.01)
+    across, ahead = ((shown * np.roll(shown, 3, axis=axis)).mean() / 625 for axis in (0, 1))
+    assert across > 0.7
+    assert abs(ahead) < 0.1
+
+
+def test_thick_slices_blur_and_distant_slices_are_interpolated():
+    assert slice_weights(20, 2.0, 1.0, 1.0) == (None, None)
+    weights, back = slice_weights(20, 2.0, 5.0, 2.0)
+    assert back is None
+    np.testing.assert_allclose(weights.sum(axis=0), 1, atol=1e-5)
+    weights, back = slice_weights(31, 1.0, 1.0, 5.0)
+    assert weights.shape == (31, 7)
+    np.testing.assert_allclose(back.sum(axis=0), 1, atol=1e-5)
+    ramp = np.arange(31, dtype=np.float32)
+    np.testing.assert_allclose((ramp @ weights @ back)[5:26], ramp[5:26], atol=1e-3)
+    odd = slice_weights(33, 1.0, 1.0, 5.0)
+    np.testing.assert_allclose(np.ones(33) @ odd[0] @ odd[1], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda t: hounsfield(t.fractions, t.mineral), lambda t: dixon_volume(t, None)])
 def test_wrong_number_of_tissues_is_refused(make):
     tissue = body()
     tissue.fractions = tissue.fractions[:3]

@@ -133,26 +133,42 @@ def _gas(marks: Landmarks, cage: Cage) -> list[Layer]:
 
 def _chest(marks: Landmarks, cage: Cage) -> list[Layer]:
     """Great vessels, heart, mediastinum, lungs."""
-    rng, k = marks.rng(4), marks.scale
-    size = k * rng.normal(1.0, 0.06)
-    heart_mm = _centre(marks, "T8") + np.array([-24.0, 72.0, 4.0]) * k
+    k, size, heart_mm = marks.scale, _vessel_size(marks), _heart_mm(marks)
     lean = np.radians(38.0)
     long_axis, across = [-np.cos(lean), 0, -np.sin(lean)], [np.sin(lean), 0, -np.cos(lean)]
     heart = ellipsoid(heart_mm, np.array([62.0, 40.0, 38.0]) * size, np.array([long_axis, across, [0, 1, 0]]).T)
-    path = [heart_mm + np.array([6, -6, 40]) * k]
-    path += [_centre(marks, "T4") + np.array(v) * k for v in ((4, 48, 6), (-16, 18, 2))]
-    path += [_centre(marks, level) + np.array(v) * k for level, v in _AORTA_FROM_SPINE_MM.items()]
-    aorta = chain(path, np.array([14.0, 13.5, 12.5, 11.5, 10.5, 8.5]) * size)
-    inflow = [heart_mm + np.array(v) * k for v in ((38, -10, 40), (34, -20, -60))]
-    cava = chain([*inflow, _centre(marks, "L4") + np.array([20, 28, 0]) * k], 10.5 * size)
     stem = [_centre(marks, "T2") + [0, 34, 0], _centre(marks, "T4") + [0, 40, 0], heart_mm + [8, 0, 20]]
     mediastinum = chain(stem, np.array([26.0, 30.0, 34.0]) * k)
     return [
-        *(solid(piece, {"blood": 1.0}) for piece in (*aorta, *cava)),
+        *(solid(piece, {"blood": 1.0}) for piece in (*aorta(marks), *cava(marks))),
         solid(heart, {"blood": 0.7, "muscle": 0.3}),
         *(solid(piece, {"muscle": 0.5, "adipose": 0.4, "blood": 0.1}) for piece in mediastinum),
         _lungs(marks, cage),
     ]
+
+
+def aorta(marks: Landmarks) -> tuple[Piece, ...]:
+    """Return the aorta from its root over the arch to the fourth lumbar vertebra."""
+    k, heart_mm = marks.scale, _heart_mm(marks)
+    path = [heart_mm + np.array([6, -6, 40]) * k]
+    path += [_centre(marks, "T4") + np.array(v) * k for v in ((4, 48, 6), (-16, 18, 2))]
+    path += [_centre(marks, level) + np.array(v) * k for level, v in _AORTA_FROM_SPINE_MM.items()]
+    return chain(path, np.array([14.0, 13.5, 12.5, 11.5, 10.5, 8.5]) * _vessel_size(marks))
+
+
+def cava(marks: Landmarks) -> tuple[Piece, ...]:
+    """Return the upper and the lower vena cava as one line through the right atrium."""
+    k, heart_mm = marks.scale, _heart_mm(marks)
+    inflow = [heart_mm + np.array(v) * k for v in ((38, -10, 40), (34, -20, -60))]
+    return chain([*inflow, _centre(marks, "L4") + np.array([20, 28, 0]) * k], 10.5 * _vessel_size(marks))
+
+
+def _vessel_size(marks: Landmarks) -> float:
+    return marks.scale * marks.rng(4).normal(1.0, 0.06)
+
+
+def _heart_mm(marks: Landmarks) -> np.ndarray:
+    return _centre(marks, "T8") + np.array([-24.0, 72.0, 4.0]) * marks.scale
 
 
 def _lungs(marks: Landmarks, cage: Cage) -> Layer:
@@ -179,26 +195,37 @@ def _belly(marks: Landmarks, cage: Cage) -> list[Layer]:
     """Liver, spleen, kidneys, bladder, psoas, then bowel mixed with visceral fat."""
     rng, k = marks.rng(5), marks.scale
     sizes = k * rng.normal(1.0, 0.07, 3)
-    kidney_mm = 0.5 * (_centre(marks, "L2") + _centre(marks, "T12"))
     pelvis_mm = marks.hips_mm.mean(0)
     below_dome = []
     for dome, offset, radii, size in _UNDER_DOME:
         centre = np.array([cage.middle_mm, cage.reach[2], cage.domes[dome]]) + np.array(offset) * k
         below_dome.append(_beneath(ellipsoid(centre, np.array(radii) * sizes[size]), marks, cage))
     solids = [ellipsoid(pelvis_mm + np.array([0, 22, 18]) * k, rng.uniform(24, 40) * k * np.array([1.2, 0.9, 0.8]))]
-    psoas = []
-    for side, hip in zip(SIDES, marks.hips_mm, strict=True):
-        offset = np.array([side * 62, -4, -16 if side > 0 else -4]) * k
-        solids.append(ellipsoid(kidney_mm + offset, np.array([28.0, 24.0, 55.0]) * sizes[2]))
-        lumbar = _centre(marks, "L4") + [side * 46 * k, 8, 0]
-        path = [_centre(marks, "T12") + [side * 24, 0, -20], lumbar, hip + [side * 4, 38 * k, 40 * k]]
-        psoas += chain(path, np.array([9.0, 22.0, 19.0]) * k)
+    solids += kidneys(marks)
     return [
         *below_dome,
         *(solid(piece, {"organ": 1.0}) for piece in solids),
-        *(solid(piece, {"muscle": 1.0}) for piece in psoas),
+        *(solid(piece, {"muscle": 1.0}) for piece in psoas(marks)),
         _bowel(marks, cage),
     ]
+
+
+def kidneys(marks: Landmarks) -> tuple[Piece, Piece]:
+    """Return the right and the left kidney."""
+    k, size = marks.scale, marks.scale * marks.rng(5).normal(1.0, 0.07, 3)[2]
+    middle = 0.5 * (_centre(marks, "L2") + _centre(marks, "T12"))
+    offsets = [np.array([side * 62, -4, -16 if side > 0 else -4]) * k for side in SIDES]
+    return tuple(ellipsoid(middle + offset, np.array([28.0, 24.0, 55.0]) * size) for offset in offsets)
+
+
+def psoas(marks: Landmarks) -> tuple[Piece, ...]:
+    """Return the right and the left psoas from T12 over L4 to the groin."""
+    k, pieces = marks.scale, []
+    for side, hip in zip(SIDES, marks.hips_mm, strict=True):
+        lumbar = _centre(marks, "L4") + [side * 46 * k, 8, 0]
+        path = [_centre(marks, "T12") + [side * 24, 0, -20], lumbar, hip + [side * 4, 38 * k, 40 * k]]
+        pieces += chain(path, np.array([9.0, 22.0, 19.0]) * k)
+    return tuple(pieces)
 
 
 def _beneath(piece: Piece, marks: Landmarks, cage: Cage) -> Layer:
