@@ -13,6 +13,7 @@ size-1 axis (right, 1, superior[, channel]) whose header description lists the c
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def read_volume(path) -> Volume:
         Missing or broken file, not 3D, no orientation, sheared affine, several series, uneven or missing
         slices, not-a-number or constant values.
     """
+    volume, _ = read_scan(path)
+    plain = volume.values.dtype in (np.uint8, np.float32)
+    return volume if plain else Volume(volume.values.astype(np.float32), volume.affine)
+
+
+def read_scan(path) -> tuple[Volume, nib.Nifti1Header]:
+    """Read a scan that may be large, as `read_volume` does, for a result to be written with `write_like`.
+
+    Returns
+    -------
+    volume : Volume
+        Whole numbers of 8 or 16 bits stay as they are stored, unless the file scales them; else float32.
+    header : Nifti1Header
+        Grid of the file and order of its axes. A folder of DICOM slices gets one too: columns, rows, slices.
+    """
     path = Path(path)
     if path.is_dir():
         image = dicom_series(path)
@@ -116,18 +132,17 @@ def read_volume(path) -> Volume:
             raise InputError(message)
         image = _load_nifti(path)
     _check_affine(image.affine, path)
-    image = nib.as_closest_canonical(image)
-    values = _nifti_values(image, path)
-    values = values.reshape(values.shape[:3]) if values.size == np.prod(values.shape[:3]) else values
-    if values.ndim != 3 or min(values.shape) < 2:
+    shape = image.shape[:3]
+    if len(shape) < 3 or min(shape) < 2 or np.prod(image.shape) != np.prod(shape):
         message = (
-            f"{path}: expected a 3D volume, given shape {values.shape}. Fix: pass one 3D volume; read flat "
-            "images "
+            f"{path}: expected a 3D volume, given shape {image.shape}. Fix: pass one 3D volume; read flat images "
             "with read_projection."
         )
         raise InputError(message)
+    values, affine = _ras_values(image, path)
+    values = values.reshape(values.shape[:3])
     _check_values(values, path)
-    return Volume(values if values.dtype == np.uint8 else values.astype(np.float32), image.affine)
+    return Volume(values, affine), image.header
 
 
 def write_volume(path, volume: Volume) -> Path:
@@ -153,6 +168,30 @@ def straightened(volume: Volume, fill: float = 0.0) -> Volume:
         volume.values.astype(np.float32), to_source[:3, :3], to_source[:3, 3], grid.shape, order=1, cval=fill
     )
     return Volume(values, grid.affine)
+
+
+def write_like(path, volume: Volume, header: nib.Nifti1Header) -> Path:
+    """Write labels on the grid and in the axis order of the file that `header` comes from; returns the path.
+
+    Parameters
+    ----------
+    path : path
+    volume : Volume
+        uint8 on the RAS grid of `read_scan`.
+    header : Nifti1Header
+        As `read_scan` returns it. Both its transforms are kept, so that viewers lay the labels over the scan.
+    """
+    ras, stored = nib.io_orientation(np.eye(4)), nib.io_orientation(header.get_best_affine())
+    values = nib.apply_orientation(volume.values, nib.orientations.ornt_transform(ras, stored))
+    if values.shape != header.get_data_shape()[:3]:
+        message = f"expected the grid of the scan, {header.get_data_shape()[:3]}, given {values.shape}."
+        raise InputError(message)
+    image = nib.Nifti1Image(values, header.get_best_affine())
+    image.set_qform(*header.get_qform(coded=True))
+    image.set_sform(*header.get_sform(coded=True))
+    image.header.set_xyzt_units("mm")
+    image.set_data_dtype(np.uint8)
+    return _save_nifti(path, image)
 
 
 # --- files ---
@@ -206,10 +245,11 @@ def _check_values(values, path):
     if values.size == 0 or min(values.shape) < 2:
         message = f"{path}: expected an image of at least 2 pixels a side, given shape {values.shape}."
         raise InputError(message)
-    if not np.all(np.isfinite(values)):
+    low, high = values.min(), values.max()  # NaN where any value is: no mask as large as the scan
+    if not np.isfinite(low) or not np.isfinite(high):
         message = f"{path} holds not-a-number or infinite values. Fix: replace them by the background value."
         raise InputError(message)
-    if values.min() == values.max():
+    if low == high:
         message = f"{path} is blank: every value is {values.flat[0]}. Fix: export the image again."
         raise InputError(message)
 
@@ -263,14 +303,25 @@ def _load_nifti(path):
     return image
 
 
-def _nifti_values(image, path):
-    """Voxel values; keeps unscaled uint8 (labels), else float32."""
+def _ras_values(image, path):
+    """Return voxel values on the nearest RAS axes and their affine: unscaled whole numbers, else float32."""
+    slope, inter = (getattr(image.dataobj, name, one) for name, one in (("slope", 1.0), ("inter", 0.0)))
     try:
-        plain = image.get_data_dtype() == np.uint8 and getattr(image.dataobj, "slope", 1.0) == 1.0
-        return np.asarray(image.dataobj) if plain else image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (OSError, EOFError, ValueError) as error:
+        stored = image.dataobj.get_unscaled() if nib.is_proxy(image.dataobj) else image.dataobj
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         message = f"{path} is cut short or broken ({error}). Fix: copy the file again."
         raise InputError(message) from error
+    if stored.dtype.kind not in "iuf":
+        message = f"{path}: expected one number in a voxel, given {stored.dtype}. Fix: export it in shades of grey."
+        raise InputError(message)
+    turn = nib.io_orientation(image.affine)
+    values = nib.apply_orientation(stored, turn)
+    if stored.dtype.kind == "f" or stored.itemsize > 2 or (slope, inter) != (1, 0):
+        values = values.astype(np.float32)
+        values *= slope  # in place: a scan can fill the memory
+        values += inter
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return values, image.affine @ nib.orientations.inv_ornt_aff(turn, image.shape[:3])
 
 
 def _projection_from_nifti(path):
@@ -285,7 +336,7 @@ def _projection_from_nifti(path):
         )
         raise InputError(message)
     missing = 1 if image.shape[1] == 1 else 0
-    values = np.squeeze(_nifti_values(image, path).astype(np.float32), axis=missing)
+    values = np.squeeze(_ras_values(image, path)[0].astype(np.float32), axis=missing)
     values = values[..., None] if values.ndim == 2 else values
     channels = _channel_names(bytes(image.header["descrip"]).decode("ascii", "ignore"), values.shape[-1])
     values = np.ascontiguousarray(np.moveaxis(values, -1, 0).swapaxes(1, 2)[:, ::-1, ::-1])
