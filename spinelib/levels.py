@@ -10,6 +10,9 @@ VERTEBRAE = CERVICAL + THORACIC + LUMBAR
 VERSE_LABELS = {level: i + 1 for i, level in enumerate(VERTEBRAE)} | {"L6": 25, "S1": 26, "Co": 27, "T13": 28}
 """Label numbers of the VerSe challenge (Sekuboyina 2021): C1-C7 1-7, T1-T12 8-19, L1-L5 20-24, L6 25, T13 28."""
 
+LEVEL_ORDER = (*range(1, 20), VERSE_LABELS["T13"], *range(20, 26))
+"""VerSe labels of C1 to L6 in anatomical order, cranial to caudal; T13 lies between T12 and L1."""
+
 LEVEL_OF_LABEL = {label: level for level, label in VERSE_LABELS.items()}
 
 _REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}

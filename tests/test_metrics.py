@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -14,7 +15,9 @@ from spinelib import metrics
 from spinelib.errors import InputError
 from spinelib.spine import CURVE_COLUMNS, Curves
 
-ORACLES = json.loads((Path(__file__).parent / "data" / "metric_oracles.json").read_text())["cases"]
+DATA = Path(__file__).parent / "data"
+ORACLES = json.loads((DATA / "metric_oracles.json").read_text())["cases"]
+SURFACE_ORACLES = json.loads((DATA / "vertebra_oracles.json").read_text())["cases"]
 HEIGHTS = np.linspace(470.0, 0.0, 209)
 
 
@@ -55,6 +58,42 @@ def test_mask_errors_equal_the_independent_numbers(case):
     assert found["iou_3d"] == pytest.approx(found["dice"] / (2 - found["dice"]), abs=1e-6)
 
 
+@pytest.mark.parametrize("case", ORACLES, ids=[c["case"] for c in ORACLES])
+def test_hausdorff_and_mean_of_means_equal_the_independent_numbers(case):
+    import surface_distance
+
+    truth, predicted = (draw(case[name], case["spacing_mm"]) for name in ("truth", "predicted"))
+    found = metrics.surface_errors(predicted, truth, case["spacing_mm"], case["tolerance_mm"])
+    expected = SURFACE_ORACLES[case["case"]] | {k: v for k, v in case["expected"].items() if k != "dice"}
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert metrics.hd_mm(predicted, truth, case["spacing_mm"]) == found["hd_mm"]
+    theirs = surface_distance.compute_surface_distances(truth, predicted, case["spacing_mm"])
+    assert found["hd_mm"] == pytest.approx(surface_distance.compute_robust_hausdorff(theirs, 100), abs=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 0.95]), st.permutations([0, 1, 2]))
+def test_surface_measures_equal_monai_scale_and_turn_with_the_grid(seed, density, axes):
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
+
+    rng, spacing = np.random.default_rng(seed), np.array([0.7, 1.0, 2.3])
+    truth, predicted = rng.random((2, 6, 7, 8)) < density
+    found = metrics.surface_errors(predicted, truth, spacing, 1.0)
+    pair = [torch.from_numpy(np.pad(mask, 1))[None, None] for mask in (predicted, truth)]
+    options = {"include_background": True, "spacing": tuple(spacing)}
+    assert found["hd_mm"] == pytest.approx(float(compute_hausdorff_distance(*pair, **options)), abs=1e-5)
+    assert found["hd95_mm"] == pytest.approx(
+        float(compute_hausdorff_distance(*pair, percentile=95, **options)), abs=1e-5
+    )
+    mean = compute_average_surface_distance(*pair, symmetric=True, **options)
+    assert found["assd_mm"] == pytest.approx(float(mean), abs=1e-5)
+    assert found["nsd"] == pytest.approx(float(compute_surface_dice(*pair, [1.0], **options)), abs=1e-5)
+    scaled = metrics.surface_errors(predicted, truth, 3 * spacing, 3.0)
+    assert scaled == pytest.approx({k: v * (1 if k == "nsd" else 3) for k, v in found.items()})
+    turned = metrics.surface_errors(predicted.transpose(axes), truth.transpose(axes), spacing[axes], 1.0)
+    assert turned == pytest.approx(found)
+
+
 def test_surface_measures_do_not_depend_on_empty_space_around_the_masks():
     truth, predicted = (draw(ORACLES[9][name], (1, 1, 2)) for name in ("truth", "predicted"))
     wide = [np.pad(mask, ((7, 0), (0, 30), (3, 3))) for mask in (predicted, truth)]
@@ -73,6 +112,7 @@ def test_nothing_predicted_is_the_worst_score_and_an_empty_truth_is_refused():
     empty = np.zeros_like(truth)
     worst = {"dice": 0.0, "iou_3d": 0.0, "hd95_mm": np.inf, "assd_mm": np.inf, "nsd": 0.0}
     assert metrics.mask_errors(empty, truth, 1.0) == worst
+    assert metrics.hd_mm(empty, truth, 1.0) == np.inf
     with pytest.raises(InputError, match="true mask is empty"):
         metrics.mask_errors(truth, empty, 1.0)
 
