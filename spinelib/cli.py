@@ -80,12 +80,15 @@ def _add_predict(commands) -> None:
     parser = _add_command(
         commands,
         "predict",
-        "predict a 3D spine from one DXA scan, two radiographs or a CT",
-        "spinelib predict scan.dcm -o out/",
+        "predict a 3D spine from one DXA scan, two radiographs or a CT, or segment the vertebrae of a CT",
+        "spinelib predict scan.dcm -o out/\n  spinelib predict --segment ct.nii.gz -o out/",
         _predict,
     )
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="a DXA image, or two radiographs: DICOM, PNG, NIfTI")
     parser.add_argument("--ct", metavar="VOLUME", help="a CT (NIfTI or DICOM folder) instead of INPUT")
+    parser.add_argument(
+        "--segment", metavar="CT", help="segment and name the vertebrae of a CT (NIfTI or DICOM folder)"
+    )
     parser.add_argument("-o", "--output", metavar="OUT", default="prediction", help="folder for the results")
     parser.add_argument(
         "--spacing",
@@ -133,12 +136,20 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    if arguments.segment:
+        from spinelib.segment import segment_command
+
+        return segment_command(arguments)
     from spinelib.predict import predict_command
 
     return predict_command(arguments) or 0
 
 
 def _train(words: list[str]) -> int:
+    if words[:1] == ["vertebrae"]:
+        from spinelib.vertebra_training import main as train_vertebrae
+
+        return train_vertebrae(words[1:])
     from spinelib.curve_training import main as train
 
     return train(words) or 0

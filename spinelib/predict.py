@@ -17,7 +17,7 @@ from spinelib.imaging.dxa import dxa_from_ct
 from spinelib.imaging.quality import require_torso
 from spinelib.imaging.readers import read_projection, read_volume
 from spinelib.models.predictor import CurvePredictor, Estimate
-from spinelib.report import page
+from spinelib.report import page, result_folder
 from spinelib.spine import Curves, Spine
 
 FILES = (
@@ -82,7 +82,7 @@ def predict_image(image: Projection, weights=None) -> Prediction:
 
 def predict_command(args) -> int:
     """Serve `spinelib predict`; returns the exit code."""
-    out = _prepared_folder(args.output, args.force)
+    out = result_folder(args.output, FILES, args.force)
     image, source = _read(args)
     result = predict_image(image, args.weights)
     write_prediction(result, out, source)
@@ -128,24 +128,6 @@ def write_prediction(result: Prediction, out: Path, source: str) -> None:
     except OSError as error:
         message = f"cannot write to {out} ({error}). Free some space or choose another folder with -o."
         raise InputError(message) from error
-
-
-def _prepared_folder(output, force):
-    out = Path(output)
-    if out.exists() and not out.is_dir():
-        message = f"{out} is a file; -o expects a folder."
-        raise InputError(message)
-    if out.is_dir() and any((out / name).exists() for name in FILES) and not force:
-        message = f"{out} already holds a prediction. Choose another folder or add --force to replace it."
-        raise InputError(message)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        message = f"cannot write to {out} ({error}). Choose another folder with -o."
-        raise InputError(message) from error
-    return out
 
 
 def _read(args):

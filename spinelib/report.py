@@ -203,6 +203,31 @@ def page(
     )
 
 
+def result_folder(output: str | Path, files: Sequence[str], force: bool = False) -> Path:
+    """Return the folder for the result of a command, made if need be.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written, or holds any of `files` and `force` is not set.
+    """
+    out = Path(output)
+    if out.exists() and not out.is_dir():
+        message = f"{out} is a file; -o expects a folder."
+        raise InputError(message)
+    if out.is_dir() and any((out / name).exists() for name in files) and not force:
+        message = f"{out} already holds a prediction. Choose another folder or add --force to replace it."
+        raise InputError(message)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        message = f"cannot write to {out} ({error}). Choose another folder with -o."
+        raise InputError(message) from error
+    return out
+
+
 def _render(template: str, **content: Any) -> str:
     import jinja2
 

@@ -24,6 +24,8 @@ TABLES = {
     "learning": REFERENCE / "learning_curve" / "tables" / "sweep.csv",
     "alignment": REFERENCE / "laptop" / "tables" / "alignment.csv",
     "real_ct": REFERENCE / "real_ct.csv",
+    "vertebrae": REFERENCE / "laptop" / "tables" / "scores.csv",
+    "real_vertebrae": REFERENCE / "laptop" / "tables" / "real_scans.csv",
 }
 COLUMNS = {
     "headline": {
@@ -86,6 +88,24 @@ COLUMNS = {
         "shift_mm_median": "shift, median (mm)",
         "shift_mm_max": "max (mm)",
         "n": "n",
+    },
+    "vertebrae": {
+        "method": "method",
+        "dice": "Dice",
+        "shape_dice": "shape Dice",
+        "shape_hd_mm": "HD (mm)",
+        "shape_assd_mm": "ASSD (mm)",
+        "id_rate": "identified",
+        "loc_mm": "distance (mm)",
+        "label_shift_rate": "scans with a wrong name",
+    },
+    "real_vertebrae": {
+        "scan": "scan",
+        "shape_dice": "shape Dice",
+        "dice": "Dice",
+        "identified": "identified",
+        "shape_hd_mm": "HD (mm)",
+        "vertebrae": "vertebrae",
     },
     "real_ct": {
         "scan": "scan",

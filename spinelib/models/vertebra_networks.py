@@ -1,0 +1,179 @@
+"""Networks for vertebrae in CT: where the spine is, the next vertebra below, and which level a vertebra is.
+
+The scheme follows Serrador 2024 (two 3D U-Nets, memory of what is segmented, top to bottom). Differences, with
+reasons: instance instead of batch normalisation (trainings are short, running statistics lag); strided residual
+U-Nets of MONAI (eight times faster on a CPU than pooling ones of the same width); heat maps in fixed millimetres
+instead of a grid stretched to every field of view; the heat map says where the next vertebra is and the patch marks its
+middle, while in the paper the memory alone tells the next vertebra from the others (that took several times as many
+steps to learn); a third network that names levels, which the paper leaves out.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spinelib.levels import LEVEL_ORDER
+
+STUDENT, TEACHER = (16, 32, 64, 128), (32, 64, 128, 256)
+"""Channels of the vertebra network: shipped, and the larger one that can teach it."""
+
+_CUE_VOXELS = 6.0
+_FULL = 8  # features at full resolution
+
+
+class SpineFinder(nn.Module):
+    """Heat map of vertebral bodies: CT (b, 1, R, A, S) -> logits (b, 1, R, A, S), 4 mm voxels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = _residual_unet(1, (8, 16, 32, 64))
+        self.head = nn.Sequential(_block(_FULL + 1, 12, 1), _logit(12))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits of the heat map."""
+        image = _last(image)
+        return self.head(torch.cat([self.net(image), image], 1))
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return binary cross-entropy with soft targets, in which the rare bodies weigh as much as the rest."""
+        heat = batch["heat"]
+        each = functional.binary_cross_entropy_with_logits(self(batch["image"]), heat, reduction="none")
+        return (each * (1 + 9 * heat)).mean()
+
+
+class VertebraUNet(nn.Module):
+    """The vertebra in the middle of a patch: (b, 2, 64, 64, 64) -> logits (b, 1, 64, 64, 64), 2 mm voxels.
+
+    Input channels are the CT and the memory, the union of all vertebrae above. A third, constant channel marks the
+    middle, since convolutions do not know where they are.
+
+    Parameters
+    ----------
+    channels : tuple of int
+        Features per level.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = STUDENT):
+        super().__init__()
+        self.channels = tuple(channels)
+        self.net = _residual_unet(3, self.channels)
+        self.head = nn.Sequential(_block(_FULL + 3, 12, 1), _logit(12))
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits."""
+        middle = _middle(image.shape[-1], image.device).expand(len(image), 1, -1, -1, -1)
+        image = _last(torch.cat([image, middle], 1))
+        return self.head(torch.cat([self.net(image), image], 1))
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return cross-entropy plus soft Dice loss; an empty target asks for an empty answer."""
+        return outline_loss(self(batch["image"]), batch["target"].float())
+
+
+class DistilledUNet(nn.Module):
+    """A student that learns half from the truth, half from a teacher (Serrador 2024, soft outputs).
+
+    Parameters
+    ----------
+    student, teacher : VertebraUNet
+    temperature : float
+        Divides both networks' logits.
+    """
+
+    def __init__(self, student: VertebraUNet, teacher: VertebraUNet, temperature: float = 2.0):
+        super().__init__()
+        self.student, self.temperature = student, temperature
+        self._teacher = [teacher.eval().requires_grad_(False)]  # in a list: neither trained nor saved
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the mean of the hard loss and the cross-entropy against the softened teacher."""
+        logits = self.student(batch["image"])
+        with torch.no_grad():
+            teacher = self._teacher[0].to(logits.device)(batch["image"]).float()
+        soft = functional.binary_cross_entropy_with_logits(
+            logits.float() / self.temperature, torch.sigmoid(teacher / self.temperature)
+        )
+        return 0.5 * outline_loss(logits, batch["target"].float()) + 0.5 * soft * self.temperature**2
+
+
+class LevelNet(nn.Module):
+    """Level and completeness of one vertebra: (b, 2, 40, 40, 40) -> (b, 26) level logits, (b,) complete logit.
+
+    Input channels are the CT (160 mm around the vertebra, 4 mm voxels) and the vertebra's mask; levels are in
+    the order of `enumeration.LEVEL_ORDER`.
+    """
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        widths = (width, 2 * width, 4 * width, 6 * width)
+        blocks, before = [], 2
+        for after in widths:
+            blocks += [_block(before, after, 2), _block(after, after, 1)]
+            before = after
+        self.body = nn.Sequential(*blocks)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(2 * before, len(LEVEL_ORDER) + 1)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return level logits and the logit of being complete."""
+        features = self.body(_last(image))
+        both = torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], 1)
+        answer = self.head(self.drop(both))
+        return answer[:, :-1], answer[:, -1]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return cross-entropy of the level plus that of completeness."""
+        level, complete = self(batch["image"])
+        named = functional.cross_entropy(level.float(), batch["level"], label_smoothing=0.05)
+        return named + functional.binary_cross_entropy_with_logits(complete.float(), batch["complete"])
+
+
+def outline_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return mean over the batch of cross-entropy and soft Dice loss."""
+    logits = logits.float()
+    entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3, 4))
+    share = torch.sigmoid(logits)
+    both, total = (share * target).sum((1, 2, 3, 4)), (share + target).sum((1, 2, 3, 4))
+    overlap = 1 - (2 * both + 50) / (total + 50)
+    return (5 * entropy + overlap).mean()
+
+
+def _residual_unet(inputs, channels):
+    """Return MONAI's strided residual U-Net with `_FULL` features at full resolution.
+
+    The step to logits is ours: MONAI would normalise them, and a normalised channel cannot say "nothing here".
+    """
+    from monai.networks.nets import UNet  # here, as MONAI takes seconds to import
+
+    norm = ("INSTANCE", {"affine": True})
+    return UNet(3, inputs, _FULL, channels, (2,) * (len(channels) - 1), num_res_units=2, norm=norm)
+
+
+def _logit(inputs):
+    layer = nn.Conv3d(inputs, 1, 1)
+    nn.init.constant_(layer.bias, -3.0)  # most voxels are background
+    return layer
+
+
+def _block(inputs, outputs, stride):
+    return nn.Sequential(
+        nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False),
+        nn.InstanceNorm3d(outputs, affine=True),
+        nn.ReLU(inplace=True),
+    )
+
+
+@lru_cache
+def _middle(size, device):
+    """Return a Gaussian of `_CUE_VOXELS` in the middle of a cube, (1, 1, size, size, size)."""
+    apart = (torch.arange(size, device=device) - (size - 1) / 2) ** 2
+    apart = apart[:, None, None] + apart[None, :, None] + apart[None, None, :]
+    return torch.exp(-apart / (2 * _CUE_VOXELS**2))[None, None]
+
+
+def _last(image):
+    return image.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,213 @@
+"""CT to individual vertebrae: one file of weights, one call."""
+
+import json
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from spinelib.errors import InputError
+from spinelib.geometry import Volume
+from spinelib.imaging.verse import body_centroids_mm
+from spinelib.levels import LEVEL_ORDER
+from spinelib.models.enumeration import gap_ratios, name_levels
+from spinelib.models.scan_cache import WORKING_MM
+from spinelib.models.scan_grid import OUTSIDE, crop, normalised, overlap, resampled, sample_separably
+from spinelib.models.traversal import Outline, spine_heat, traverse
+from spinelib.models.vertebra_datasets import LEVEL_CUBE, LEVEL_STEP, PATCH
+from spinelib.models.vertebra_networks import LevelNet, SpineFinder, VertebraUNet
+
+FORMAT = "spinelib-vertebrae-1"
+SHIPPED_WEIGHTS = "vertebrae.safetensors"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One vertebra of a segmentation.
+
+    Attributes
+    ----------
+    label : int
+        VerSe label.
+    centroid_mm : ndarray (3,)
+        Centre of the body, world RAS mm.
+    complete : bool
+        False if the border of the scan cuts it; such vertebrae are left out of the mask.
+    level_probability : float
+        How sure its level is, given all vertebrae of the scan.
+    """
+
+    label: int
+    centroid_mm: np.ndarray
+    complete: bool
+    level_probability: float
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Vertebrae of a CT.
+
+    Attributes
+    ----------
+    labels : Volume
+        VerSe labels of complete vertebrae on the grid of the CT, uint8.
+    found : tuple of Found
+        All vertebrae, top to bottom.
+    flags : tuple of str
+        What a user should look at.
+    """
+
+    labels: Volume
+    found: tuple[Found, ...]
+    flags: tuple[str, ...]
+
+
+@dataclass
+class VertebraSegmenter:
+    """The three networks of `vertebra_networks` and the way through a scan.
+
+    Attributes
+    ----------
+    finder : SpineFinder
+    outliner : VertebraUNet
+    namer : LevelNet
+    card : dict
+        What the weights are: command, data, seed, date, figures.
+    """
+
+    finder: SpineFinder
+    outliner: VertebraUNet
+    namer: LevelNet
+    card: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for net in (self.finder, self.outliner, self.namer):
+            net.eval()
+
+    def segment(self, ct: Volume) -> Segmentation:
+        """Return the vertebrae of a CT.
+
+        Parameters
+        ----------
+        ct : Volume
+            Hounsfield units, any spacing; axes (right, anterior, superior) as `read_volume` returns them.
+        """
+        working = resampled(ct, WORKING_MM)
+        scan = normalised(torch.from_numpy(working.values))
+        outlines, flags = traverse(self.outliner, scan, spine_heat(self.finder, scan))
+        if not outlines:
+            return Segmentation(Volume(np.zeros(ct.values.shape, np.uint8), ct.affine), (), flags)
+        levels, complete = self._read_levels(scan, outlines)
+        centres = np.array([outline.centre for outline in outlines]) * WORKING_MM
+        naming = name_levels(levels, complete, gap_ratios(centres) if len(centres) > 1 else None)
+        everything = _pasted(outlines, naming.labels, ct)
+        centroids = body_centroids_mm(everything)
+        found = tuple(
+            Found(int(label), centroids[int(label)], bool(whole > 0.5), float(sure))
+            for label, whole, sure in zip(naming.labels, complete, naming.level_confidence, strict=True)
+            if int(label) in centroids
+        )
+        kept = np.zeros(max(LEVEL_ORDER) + 1, np.uint8)
+        kept[naming.labels[complete > 0.5]] = naming.labels[complete > 0.5]
+        return Segmentation(Volume(kept[everything.values], ct.affine), found, (*flags, *naming.flags))
+
+    @torch.inference_mode()
+    def _read_levels(self, scan, outlines):
+        """Return log-probabilities (n, 26) of levels and probabilities (n,) of completeness."""
+        size = LEVEL_CUBE * LEVEL_STEP
+        levels, complete = [], []
+        for outline in outlines:
+            corner = np.rint(outline.centre - (size - 1) / 2).astype(int)
+            mask = torch.zeros(size, size, size)
+            inside, there = overlap(mask.shape, outline.corner - corner, PATCH)
+            mask[inside] = (outline.probability[there] > 0.5).float()
+            both = torch.stack([crop(scan, corner, size, OUTSIDE), mask])[None]
+            both = functional.avg_pool3d(both, LEVEL_STEP)
+            level, whole = self.namer(torch.cat([both, both.flip(2)]))
+            levels.append(torch.log_softmax(level.float().mean(0), 0).numpy())
+            complete.append(float(torch.sigmoid(whole.float().mean())))
+        return np.stack(levels), np.array(complete)
+
+    def save(self, path) -> None:
+        """Write one safetensors file in 16 bits; the header names format, channels and card."""
+        nets = {"finder": self.finder, "outliner": self.outliner, "namer": self.namer}
+        tensors = {
+            f"{name}.{key}": value.detach().cpu().half().contiguous()
+            for name, net in nets.items()
+            for key, value in net.state_dict().items()
+        }
+        header = {"format": FORMAT, "channels": json.dumps(self.outliner.channels), "card": json.dumps(self.card)}
+        save_file(tensors, path, metadata=header)
+
+    @classmethod
+    def load(cls, path=None) -> "VertebraSegmenter":
+        """Read weights; without a path, the ones shipped with the package.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, corrupt, or not made by this package.
+        """
+        path = Path(path) if path else Path(str(files("spinelib") / "weights" / SHIPPED_WEIGHTS))
+        if not path.is_file():
+            message = f"no weights at {path}. Make them with: spinelib train vertebrae --render 400"
+            raise InputError(message)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            message = f"{path} is not a readable safetensors file ({error}). Fetch or train the weights again."
+            raise InputError(message) from error
+        if header.get("format") != FORMAT:
+            message = f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}. Train the weights again."
+            raise InputError(message)
+        nets = {"finder": SpineFinder(), "outliner": VertebraUNet(json.loads(header["channels"])), "namer": LevelNet()}
+        try:
+            for name, net in nets.items():
+                own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                net.load_state_dict(own)
+        except RuntimeError as error:
+            message = f"the weights in {path} do not fit the networks they name: {error}"
+            raise InputError(message) from error
+        return cls(**nets, card=json.loads(header["card"]))
+
+
+def _pasted(outlines: list[Outline], numbers, ct: Volume) -> Volume:
+    """Return the outlines on the grid of the CT, numbered.
+
+    What is interpolated is by how much a vertebra beats its rivals, so that no voxel belongs to two.
+    """
+    out = np.zeros(ct.values.shape, np.uint8)
+    working = np.maximum(np.rint(np.array(ct.values.shape) * ct.spacing_mm / WORKING_MM), 1)
+    scale = working / np.array(ct.values.shape)
+    for number, outline in zip(numbers, outlines, strict=True):
+        margin = _margin(outline, [other for other in outlines if other is not outline])
+        places = np.argwhere((margin > 0).numpy())
+        if not len(places):
+            continue
+        low, high = places.min(0) - 1 + outline.corner, places.max(0) + 1 + outline.corner
+        first = np.maximum(np.floor((low + 0.5) / scale - 0.5), 0).astype(int)
+        last = np.minimum(np.ceil((high + 0.5) / scale - 0.5) + 1, out.shape).astype(int)
+        index = [
+            (np.arange(a, b) + 0.5) * s - 0.5 - c for a, b, s, c in zip(first, last, scale, outline.corner, strict=True)
+        ]
+        inside = (sample_separably(margin, index) > 0).numpy()
+        out[tuple(slice(a, b) for a, b in zip(first, last, strict=True))][inside] = number
+    return Volume(out, ct.affine)
+
+
+def _margin(outline, others):
+    """Return min(2 p - 1, p - q) with q the greatest probability of any other vertebra."""
+    own = outline.probability.float()
+    rival = torch.zeros_like(own)
+    for other in others:
+        inside, there = overlap(own.shape, other.corner - outline.corner, PATCH)
+        if inside is not None:
+            rival[inside] = torch.maximum(rival[inside], other.probability.float()[there])
+    return torch.minimum(2 * own - 1, own - rival)

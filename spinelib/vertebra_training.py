@@ -1,0 +1,174 @@
+"""Training of the vertebra networks: `spinelib train vertebrae`."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from joblib import Parallel, delayed
+from tqdm.auto import tqdm
+
+from spinelib.ct_cohort import load_ct_cohort
+from spinelib.data import keep_freed_memory
+from spinelib.errors import InputError
+from spinelib.models.scan_cache import CachedScan, cache_scan, pooled
+from spinelib.models.vertebra_datasets import SPINE_STEP, LevelDataset, OutlineDataset, SpineDataset
+from spinelib.models.vertebra_networks import STUDENT, DistilledUNet, LevelNet, SpineFinder, VertebraUNet
+from spinelib.models.vertebrae import VertebraSegmenter
+from spinelib.phantom.scan import sample_scan
+from spinelib.record import file_sha256
+from spinelib.train import TrainConfig, fit
+
+PARTS = 400
+"""Random parts of scans that make up an epoch."""
+
+_RATE = 3e-3
+
+
+def render_scans(folder, count: int, seed: int = 0, n_jobs: int = 2) -> list[CachedScan]:
+    """Render phantom scans of the seeds `seed` to `seed + count - 1` on the working grid; existing ones are kept."""
+    jobs = (delayed(_render)(folder, seed + i) for i in range(count))
+    return list(tqdm(Parallel(n_jobs, return_as="generator")(jobs), total=count, desc="scans", disable=None))
+
+
+def train_finder(
+    train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
+) -> SpineFinder:
+    """Train the heat map of the spine on `config.epochs` passes of random parts."""
+    sets = [
+        SpineDataset(scans, length, config.seed, augment, pooled(scans, SPINE_STEP))
+        for scans, length, augment in _plans(train, validation, parts)
+    ]
+    return _fitted(SpineFinder(), sets, config, folder, workers)
+
+
+def train_outliner(
+    train: list[CachedScan],
+    validation,
+    config: TrainConfig,
+    folder,
+    channels: tuple[int, ...] = STUDENT,
+    teacher: VertebraUNet | None = None,
+    parts: int = PARTS,
+    workers: int = 0,
+) -> VertebraUNet:
+    """Train the network that outlines the next vertebra, from scratch or taught by a larger one."""
+    torch.manual_seed(config.seed)
+    net = VertebraUNet(channels)
+    sets = [OutlineDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
+    _fitted(net if teacher is None else DistilledUNet(net, teacher), sets, config, folder, workers)
+    return net.eval()
+
+
+def train_namer(
+    train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
+) -> LevelNet:
+    """Train the network that names levels and tells complete from cut vertebrae."""
+    sets = [LevelDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
+    return _fitted(LevelNet(), sets, config, folder, workers)
+
+
+def train_segmenter(
+    train: list[CachedScan],
+    validation: list[CachedScan],
+    folder,
+    epochs: dict[str, int],
+    parts=PARTS,
+    seed=0,
+    workers=0,
+) -> VertebraSegmenter:
+    """Train the three networks.
+
+    Parameters
+    ----------
+    train, validation : list of CachedScan
+    folder : path
+        Logs and checkpoints; a training that was interrupted goes on.
+    epochs : dict of int
+        Of 'finder', 'namer' and 'outliner'.
+    parts : int
+        Random parts of scans an epoch.
+    seed, workers : int
+        Of everything drawn; processes that cut parts, 0 = none of their own.
+    """
+    folder = Path(folder)
+    schools = {"finder": (train_finder, 2), "namer": (train_namer, 16), "outliner": (train_outliner, 2)}
+    nets = {}
+    for name, (school, batch_size) in schools.items():
+        config = TrainConfig(epochs[name], batch_size, _RATE, seed=seed)
+        nets[name] = school(train, validation, config, folder / name, parts=parts, workers=workers)
+    return VertebraSegmenter(**nets)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve `spinelib train vertebrae`; returns the exit code."""
+    args = _arguments(argv)
+    started, folder = time.time(), Path(args.output)
+    train, validation, source = _scans(args)
+    epochs = {name: getattr(args, f"{name}_epochs") for name in ("finder", "namer", "outliner")}
+    segmenter = train_segmenter(train, validation, folder, epochs, args.parts, args.seed, args.workers)
+    segmenter.card = {
+        "command": "spinelib train vertebrae " + " ".join(argv or []),
+        "scans": {"train": len(train), "validation": len(validation), "source": source},
+        "torch": torch.__version__,
+        "seconds": round(time.time() - started),
+    }
+    path = folder / "weights.safetensors"
+    segmenter.save(path)
+    path.with_suffix(".json").write_text(json.dumps(segmenter.card | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    print(f"{path}: {len(train)} scans, {segmenter.card['seconds']} s")
+    return 0
+
+
+def _scans(args):
+    """Return cached training and validation scans and where they are from."""
+    if bool(args.root) == bool(args.render):
+        message = "give either a folder in VerSe layout or --render N for synthetic scans."
+        raise InputError(message)
+    if args.render:
+        held_out = max(1, args.render // 12)
+        scans = render_scans(args.cache, args.render + held_out, args.scan_seed, args.n_jobs)
+        return scans[: args.render], scans[args.render :], f"phantom seeds from {args.scan_seed}"
+    parts = []
+    for split in ("training", "validation"):
+        scans = load_ct_cohort(args.root, splits=(split,), quarantine=Path(args.cache) / f"quarantine-{split}.csv")
+        parts.append([cache_scan(scan, Path(args.cache) / split) for scan in scans])
+    return *parts, str(args.root)
+
+
+def _arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="spinelib train vertebrae",
+        description="Train the CT -> vertebrae networks on a data set in VerSe layout or on synthetic scans.",
+        epilog="Example:  spinelib train vertebrae --render 400 -o runs/vertebrae",
+    )
+    parser.add_argument("root", nargs="?", default="", metavar="FOLDER", help="a data set in VerSe layout")
+    parser.add_argument("--render", type=int, default=0, metavar="N", help="train on N synthetic scans instead")
+    parser.add_argument("--scan-seed", type=int, default=100_000, help="first synthetic scan; tests use small seeds")
+    parser.add_argument("--cache", default="data/ct-cache", metavar="FOLDER", help="scans on the working grid")
+    parser.add_argument("-o", "--output", required=True, help="folder for weights, logs and checkpoints")
+    for name, epochs in {"finder": 12, "namer": 50, "outliner": 17}.items():
+        parser.add_argument(f"--{name}-epochs", type=int, default=epochs, help="passes of --parts parts")
+    parser.add_argument("--parts", type=int, default=PARTS, help="parts a pass")
+    parser.add_argument("--n-jobs", type=int, default=2, help="processes that render")
+    parser.add_argument("--workers", type=int, default=1, help="processes that cut parts while training")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def _plans(train, validation, parts):
+    return (train, parts, True), (validation, max(parts // 4, len(validation)), False)
+
+
+def _fitted(model, sets, config, folder, workers):
+    torch.manual_seed(config.seed)
+    fit(model, *sets, config, folder, workers=workers)
+    return model.eval()
+
+
+def _render(folder, seed):
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    path = Path(folder) / f"phantom-{seed:06d}.safetensors"
+    return CachedScan(path) if path.is_file() else cache_scan(sample_scan(seed), folder)

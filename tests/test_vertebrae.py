@@ -1,0 +1,286 @@
+"""Parts for training, the way down the spine, and the file of weights."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from spinelib.errors import InputError
+from spinelib.geometry import Volume
+from spinelib.imaging.verse import LabelledCT
+from spinelib.levels import LEVEL_ORDER
+from spinelib.models import traversal, vertebrae
+from spinelib.models.scan_cache import CachedScan, cache_scan, cached_scans, pooled
+from spinelib.models.scan_grid import OUTSIDE
+from spinelib.models.traversal import spine_heat, traverse
+from spinelib.models.vertebra_datasets import LevelDataset, OutlineDataset, SpineDataset
+from spinelib.models.vertebra_networks import (
+    DistilledUNet,
+    LevelNet,
+    SpineFinder,
+    VertebraUNet,
+    outline_loss,
+)
+from spinelib.models.vertebrae import VertebraSegmenter
+
+LEVELS = (18, 19, 28, 20, 21)  # T11, T12, T13, L1, L2
+HEIGHT, GAP = 10, 5  # working voxels
+
+
+def column(cut_top=False):
+    """Blocks of bone in water, one per level, from the top; the CT of a very simple person."""
+    shape = (80, 80, 100)
+    labels = np.zeros(shape, np.uint8)
+    for place, label in enumerate(LEVELS):
+        top = 98 - place * (HEIGHT + GAP) + (6 if cut_top else 0)
+        labels[32:48, 32:50, max(top - HEIGHT, 0) : min(top, 100)] = label
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    centroids = {label: ndimage.center_of_mass(labels == label) * np.full(3, 2.0) for label in LEVELS}
+    ct = np.where(labels > 0, 500.0, 20.0).astype(np.float32)
+    cut = frozenset(LEVELS[:1] if cut_top else ())
+    return LabelledCT("blocks", Volume(ct, affine), Volume(labels, affine), centroids, cut)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    return cache_scan(column(), tmp_path_factory.mktemp("cache"))
+
+
+class MiddleBlock(nn.Module):
+    """Answers as a perfect network would: the block of bone in the middle of the patch that the memory lacks."""
+
+    calls = 0
+
+    def forward(self, image):
+        MiddleBlock.calls += 1
+        out = torch.full_like(image[:, :1], -9.0)
+        middle = (image.shape[-1] - 1) / 2
+        for item, answer in zip(image, out, strict=True):
+            pieces, _ = ndimage.label(((item[0] > 0.3) & (item[1] < 0.5)).numpy())
+            places = np.argwhere(pieces)
+            apart = np.linalg.norm(places - middle, axis=1)
+            if len(places) and apart.min() < 5:
+                nearest = pieces[tuple(places[apart.argmin()])]
+                answer[0][torch.from_numpy(pieces == nearest)] = 9.0
+        return out
+
+
+def perfect_heat(scan):
+    heat = np.zeros([(n + 1) // 2 for n in scan.ct.values.shape], np.float32)
+    at = np.indices(heat.shape) * 2 + 0.5
+    for centre in scan.centroids_mm.values():
+        apart = sum((axis - c / 2) ** 2 for axis, c in zip(at, centre, strict=True)) * 4
+        heat = np.maximum(heat, np.exp(-apart / (2 * 12.0**2)))
+    return torch.from_numpy(heat.astype(np.float32))
+
+
+def test_cache_keeps_the_scan_and_its_tables(scan):
+    assert scan.levels == LEVELS
+    assert scan.shape == (80, 80, 100)
+    assert scan.box("ct", [slice(40, 41), slice(40, 41), slice(33, 34)]).item() == 500
+    assert scan.small["profile"][28].sum() == 16 * 18 * HEIGHT
+    assert np.allclose(scan.small["centres"][20], column().centroids_mm[20] / 2)
+    assert np.allclose(scan.small["bodies"][20], scan.small["centres"][20])
+    assert [s.path for s in cached_scans(scan.path.parent)] == [scan.path]
+    assert pooled([scan], 2)[0].shape == (40, 40, 50)
+
+
+def test_cache_refuses_a_scan_without_vertebrae_and_an_empty_folder(tmp_path):
+    empty = column()
+    empty.labels.values[:] = 26
+    with pytest.raises(InputError, match="holds no vertebra"):
+        cache_scan(empty, tmp_path)
+    with pytest.raises(InputError, match="--render"):
+        cached_scans(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [OutlineDataset, LevelDataset, SpineDataset])
+def test_items_depend_on_seed_epoch_and_index_alone(scan, kind):
+    more = {"coarse": pooled([scan], 2)} if kind is SpineDataset else {}
+    first, again = kind([scan], 4, 1, **more), kind([scan], 4, 1, **more)
+    for name, value in first[2].items():
+        assert torch.equal(value, again[2][name])
+    again.set_epoch(1)
+    assert not torch.equal(first[2]["image"], again[2]["image"])
+    assert not torch.equal(first[2]["image"], first[3]["image"])
+
+
+def test_an_outline_item_asks_for_the_block_in_the_middle(scan):
+    items = [OutlineDataset([scan], 60, 0)[i] for i in range(60)]
+    seen, empty = 0, 0
+    for item in items:
+        image, target = item["image"], item["target"][0].bool()
+        assert image.shape == (2, 64, 64, 64)
+        assert image[0].min() >= OUTSIDE
+        assert not (target & (image[0] == OUTSIDE)).any()
+        empty += not target.any()
+        if target.any():
+            centre = torch.nonzero(target).float().mean(0)
+            assert (centre - 31.5).norm() < 16
+            assert (target & (image[1] > 0.5)).float().sum() < 0.3 * target.sum()  # memory may be roughened
+            seen += 1
+    assert seen > 40
+    assert 3 <= empty < 20
+
+
+def test_unmoved_parts_are_cut_out_as_they_are(scan):
+    item = OutlineDataset([scan], 1, 0, augment=False)[0]
+    assert item["target"].sum() in (16 * 18 * HEIGHT, 0)
+    assert item["image"][0].max() == pytest.approx(0.5, abs=1e-4)
+    assert item["image"][0][item["image"][0] > OUTSIDE].min() >= 0.0199
+    item = LevelDataset([scan], 1, 0, augment=False)[0]
+    assert item["complete"] == 1
+    assert item["image"][1].sum() * 8 == pytest.approx(16 * 18 * HEIGHT, rel=1e-4)
+    assert LEVEL_ORDER[item["level"]] in LEVELS
+
+
+def test_a_cut_vertebra_is_never_complete(tmp_path):
+    cut = cache_scan(column(cut_top=True), tmp_path)
+    items = [LevelDataset([cut], 60, 3)[i] for i in range(60)]
+    top = [float(i["complete"]) for i in items if LEVEL_ORDER[i["level"]] == LEVELS[0]]
+    rest = [float(i["complete"]) for i in items if LEVEL_ORDER[i["level"]] != LEVELS[0]]
+    assert top
+    assert max(top) == 0
+    assert max(rest) == 1
+
+
+def test_heat_targets_peak_at_the_bodies(scan):
+    item = SpineDataset([scan], 1, 0, augment=False, coarse=pooled([scan], 2))[0]
+    assert item["heat"].max() <= 1
+    bone = item["image"] > 0.4
+    assert item["heat"][bone].mean() > 0.5 > item["heat"][~bone].mean()
+
+
+def test_the_way_down_finds_every_block_once_and_ends():
+    scan = column()
+    values = torch.from_numpy(scan.ct.values) / 1000
+    found, flags = traverse(MiddleBlock(), values, perfect_heat(scan))
+    assert flags == ()
+    assert len(found) == len(LEVELS)
+    for outline, label in zip(found, LEVELS, strict=True):
+        assert np.allclose(outline.centre, scan.centroids_mm[label] / 2, atol=0.01)
+
+
+def test_a_vertebra_that_the_heat_map_lacks_is_found_between_its_neighbours():
+    scan = column()
+    values = torch.from_numpy(scan.ct.values) / 1000
+    del scan.centroids_mm[28]
+    found, _ = traverse(MiddleBlock(), values, perfect_heat(scan))
+    assert len(found) == len(LEVELS)
+    heights = [outline.centre[2] for outline in found]
+    assert heights == sorted(heights, reverse=True)
+
+
+def test_a_second_peak_in_a_vertebra_is_passed_over():
+    scan = column()
+    values = torch.from_numpy(scan.ct.values) / 1000
+    heat = perfect_heat(scan)
+    right, anterior, superior = (np.array(scan.centroids_mm[19]) / 4).astype(int)
+    heat[right + 3, anterior, superior] = 1.2
+    assert len(traverse(MiddleBlock(), values, heat)[0]) == len(LEVELS)
+
+
+def test_a_network_that_answers_everywhere_is_stopped():
+    class Everywhere(nn.Module):
+        calls = 0
+
+        def forward(self, image):
+            Everywhere.calls += 1
+            out = torch.full_like(image[:, :1], -9.0)
+            out[:, :, 20:40, 20:40, 20 + Everywhere.calls % 7 : 30] = 9.0
+            return out
+
+    heat = torch.zeros(40, 40, 50)
+    heat[4::6, 4::6, 4::6] = 1.0
+    found, flags = traverse(Everywhere(), torch.zeros(80, 80, 100), ndimage_dilated(heat))
+    assert len(found) <= traversal.MOST_VERTEBRAE
+    assert Everywhere.calls <= 4 * 2 * traversal.MOST_VERTEBRAE
+    assert "look like vertebrae" in flags[0]
+
+
+def ndimage_dilated(heat):
+    return torch.from_numpy(ndimage.grey_dilation(heat.numpy(), 3)) * 0.5 + heat * 0.5 + 0.2
+
+
+def test_no_spine_is_said():
+    assert traverse(MiddleBlock(), torch.zeros(80, 80, 100), torch.zeros(40, 40, 50)) == ([], ("no spine found",))
+
+
+def test_pasted_vertebrae_fill_their_places_and_never_overlap():
+    scan = column()
+    found, _ = traverse(MiddleBlock(), torch.from_numpy(scan.ct.values) / 1000, perfect_heat(scan))
+    pasted = vertebrae._pasted(found, np.array(LEVELS), scan.ct)
+    assert np.array_equal(pasted.values, scan.labels.values)
+    fine = Volume(np.zeros((160, 160, 250), np.int16), np.diag([1, 1, 0.8, 1.0]))
+    counts = np.bincount(vertebrae._pasted(found, np.array(LEVELS), fine).values.ravel(), minlength=29)
+    for label in LEVELS:
+        assert counts[label] * 0.8 == pytest.approx(16 * 18 * HEIGHT * 8, rel=0.05)
+
+
+def test_heat_map_has_the_size_of_the_scan():
+    heat = spine_heat(SpineFinder().eval(), torch.zeros(50, 61, 90))
+    assert heat.shape == (25, 31, 45)
+    assert 0 <= heat.min() <= heat.max() <= 1
+
+
+def test_loss_of_outlines():
+    target = torch.zeros(2, 1, 8, 8, 8)
+    target[0, :, 2:6, 2:6, 2:6] = 1
+    right, wrong = (target * 2 - 1) * 20, (1 - target * 2) * 20
+    assert outline_loss(right, target) < 1e-3
+    assert outline_loss(wrong, target) > 1
+    half = outline_loss(torch.zeros_like(target), target)
+    assert outline_loss(right, target) < half < outline_loss(wrong, target)
+
+
+def test_a_student_that_equals_its_teacher_pays_for_the_truth_and_the_teachers_doubt():
+    torch.manual_seed(0)
+    teacher = VertebraUNet((8, 16))
+    model = DistilledUNet(teacher, teacher)
+    batch = {"image": torch.randn(1, 2, 16, 16, 16), "target": torch.zeros(1, 1, 16, 16, 16)}
+    other = DistilledUNet(VertebraUNet((8, 16)), teacher)
+    assert torch.isfinite(model.loss(batch))
+    assert not any(name.startswith("_teacher") for name in other.state_dict())
+    other.loss(batch).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    torch.manual_seed(0)
+    return VertebraSegmenter(SpineFinder(), VertebraUNet(), LevelNet(), {"what": "untrained"})
+
+
+def test_weights_come_back_as_they_were(segmenter, tmp_path):
+    segmenter.save(tmp_path / "w.safetensors")
+    again = VertebraSegmenter.load(tmp_path / "w.safetensors")
+    assert again.card == segmenter.card
+    for name in ("finder", "outliner", "namer"):
+        for a, b in zip(getattr(segmenter, name).parameters(), getattr(again, name).parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_bad_weights_are_refused(tmp_path):
+    with pytest.raises(InputError, match="spinelib train vertebrae"):
+        VertebraSegmenter.load(tmp_path / "none.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="not a readable"):
+        VertebraSegmenter.load(tmp_path / "w.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"format": "other"})
+    with pytest.raises(InputError, match="expected 'spinelib-vertebrae-1'"):
+        VertebraSegmenter.load(tmp_path / "w.safetensors")
+
+
+def test_an_untrained_network_gives_a_valid_answer(segmenter):
+    ct = column().ct
+    result = segmenter.segment(ct)
+    assert result.labels.values.shape == ct.values.shape
+    assert result.labels.values.dtype == np.uint8
+    assert set(np.unique(result.labels.values)) <= {0, *LEVEL_ORDER}
+
+
+def test_cached_scan_is_a_value(scan):
+    assert CachedScan(scan.path) == CachedScan(scan.path)
