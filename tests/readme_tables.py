@@ -123,6 +123,8 @@ def as_markdown(name: str) -> str:
     table = pd.read_csv(TABLES[name], keep_default_na=False)
     if name in ("ablation", "learning"):
         table = table[table["state"] == "done"].astype({column: float for column in list(COLUMNS[name])[1:]})
+    if name == "real_vertebrae":  # no distance where nothing was found
+        table["shape_hd_mm"] = pd.to_numeric(table["shape_hd_mm"]).map("{:.2f}".format).replace("nan", "-")
     if name == "agreement":
         table = _angles_of_ours_and_ridge(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])

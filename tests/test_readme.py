@@ -48,7 +48,7 @@ def test_predict_lines_parse():
     lines = [
         re.sub(r"\s+#.*", "", line) for line in re.findall(r"^    (spinelib predict .*)", TEXT, flags=re.MULTILINE)
     ]
-    assert len(lines) == 3
+    assert len(lines) == 4
     parsed = [_parser().parse_args(shlex.split(line)[1:]) for line in lines]
     assert parsed[1].spacing == [3.0, 2.4]
     assert parsed[2].ct == "abdomen.nii.gz"

@@ -1,9 +1,9 @@
 """From the top of the spine to its lower end, one vertebra after another (Serrador 2024, after Lessmann 2019).
 
-Peaks of the heat map, top first, say where to look. A patch there is re-centred on what the network outlines until it
-rests; the vertebra then joins the memory, and a peak inside the memory is passed over. Beyond the published
-pseudo-code: every loop ends, a vertebra is pasted where it was cut and never overwrites another, and a vertebra that
-was passed over between two others is looked for once more, half-way between them.
+The heat map shows the line of the vertebral bodies. Places along it, top first, say where to look: a patch there is
+re-centred on what the network outlines until it rests, and the vertebra then joins the memory. Beyond the published
+pseudo-code: every loop ends; places inside the memory are passed over; what hardly touches the line is no vertebra; a
+vertebra is pasted where it was cut and never overwrites another.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import ndimage
-from skimage.feature import peak_local_max
 from torch import Tensor
 
 from spinelib.geometry import Volume, VolumeGrid
@@ -22,15 +21,17 @@ from spinelib.models.vertebra_datasets import PATCH, SPINE_STEP
 from spinelib.models.vertebra_networks import SpineFinder, VertebraUNet
 
 MOST_VERTEBRAE = len(LEVEL_ORDER)
-_HEAT, _PEAK = 0.15, 0.3
-"""Heat that belongs to the spine, and that a peak must reach."""
+_HEAT = 0.2
+"""Heat that belongs to the line of the bodies."""
 
-_HEAT_MASS = 20.0  # coarse voxels; a lone vertebra's Gaussian sums to 53
-_PEAKS_APART = 2  # coarse voxels, 8 mm: less than the least distance of neighbours, in the neck
+_LEAST_RIDGE = 4  # coarse slices, 16 mm: less is no spine
+_LONGEST_GAP = 8  # coarse slices, 32 mm
+_FORWARD = 0.02  # heat that a coarse voxel farther forward costs
+_PLACE_STEP = 2  # coarse slices between places to look at, 8 mm
 _STILL_MM, _TRIES = 2.0, 4
-_FEWEST_VOXELS = 150  # 1.2 cm3: less is no vertebra, not even a cut one
-_MOST_OVERLAP = 0.5
-_GAP = 1.6  # times the usual distance of neighbours
+_FEWEST_VOXELS, _FEWEST_HOT = 150, 60  # working voxels of 8 mm3: of a vertebra, cut or not, and of its body
+_MOST_OVERLAP = 0.3
+_FRAGMENT = 0.4  # of the usual volume nearby
 _ROI = (64, 64, 64)
 
 
@@ -85,29 +86,37 @@ def traverse(net: VertebraUNet, scan: Tensor, heat: Tensor) -> tuple[list[Outlin
     heat : Tensor (r, a, s)
         From `spine_heat`.
     """
-    peaks = _peaks(heat)
-    if not len(peaks):
-        return [], ("no spine found",)
     memory, found = torch.zeros(scan.shape), []
-    for peak in peaks[:MOST_VERTEBRAE]:
-        _look(net, scan, memory, found, peak)
-    for place in _gaps(found):
-        _look(net, scan, memory, found, place)
+    for place in _places(heat):
+        if len(found) == MOST_VERTEBRAE:
+            break
+        outline = None if _in_memory(memory, place) else _settled(net, scan, memory, place)
+        if outline is None or not _is_vertebra(outline, heat, memory):
+            continue
+        inside, there = overlap(scan.shape, outline.corner, PATCH)
+        memory[inside] = torch.maximum(memory[inside], (outline.probability[there] > 0.5).float())
+        found.append(outline)
     found.sort(key=lambda outline: -outline.centre[2])
-    flags = () if len(peaks) <= MOST_VERTEBRAE else (f"more than {MOST_VERTEBRAE} places look like vertebrae",)
-    return found[:MOST_VERTEBRAE], flags
+    found = _without_fragments(found, scan.shape[2])
+    return found, () if found else ("no spine found",)
 
 
-def _look(net, scan, memory, found, place):
-    """Look for a vertebra at a place; if there is one, add it to `found` and to the memory."""
-    if _in_memory(memory, place):
-        return
-    outline = _settled(net, scan, memory, place)
-    if outline is None:
-        return
-    inside, there = overlap(scan.shape, outline.corner, PATCH)
-    memory[inside] = torch.maximum(memory[inside], (outline.probability[there] > 0.5).float())
-    found.append(outline)
+def _without_fragments(found, slices):
+    """Leave out what is much smaller than its neighbours although no border cuts it: discs, parts of a neighbour."""
+    sizes = [int((outline.probability > 0.5).sum()) for outline in found]
+    whole = [not _at_border(outline, slices) for outline in found]
+    for place in sorted(range(len(found)), key=sizes.__getitem__):
+        near = [sizes[i] for i in range(place - 2, place + 3) if i != place and 0 <= i < len(found) and whole[i]]
+        if whole[place] and near and sizes[place] < _FRAGMENT * np.median(near):
+            whole[place] = False
+            sizes[place] = 0
+    return [outline for outline, size in zip(found, sizes, strict=True) if size]
+
+
+def _at_border(outline, slices):
+    """Return whether an outline touches the first or the last slice."""
+    heights = np.flatnonzero((outline.probability > 0.5).any(0).any(0).numpy()) + outline.corner[2]
+    return bool(heights.min() <= 0 or heights.max() >= slices - 1)
 
 
 def _settled(net, scan, memory, centre):
@@ -130,7 +139,7 @@ def _outline(net, image, memory, corner):
     pair = torch.stack([both, both.flip(1)])  # the mirror image too: steadier, and two are faster than one
     logits = net(pair)[:, 0].float()
     probability = torch.sigmoid((logits[0] + logits[1].flip(0)) / 2)
-    probability = probability * (memory < 0.5) * (image > OUTSIDE)
+    probability = probability * (image > OUTSIDE)
     pieces, count = ndimage.label((probability > 0.5).numpy(), np.ones((3, 3, 3)))
     if count == 0:
         return None
@@ -143,30 +152,55 @@ def _outline(net, image, memory, corner):
     return Outline(corner, (probability * kept).half(), centre)
 
 
-def _peaks(heat):
-    """Return working indices (n, 3) of the bodies that the heat map shows, top first."""
-    pieces, count = ndimage.label((heat > _HEAT).numpy(), np.ones((3, 3, 3)))
-    if count == 0:
+def _places(heat):
+    """Return working indices (n, 3) along the line of the bodies, top first.
+
+    The line is the chain of hot spots, one a slice, with the largest total heat: neighbours lie nearly below each
+    other, and a spot farther back is preferred, since a bright aorta in front of the spine can be as hot.
+    """
+    spots = [_spots(heat[:, :, height], height) for height in range(heat.shape[2] - 1, -1, -1)]
+    nodes = np.concatenate(spots) if spots else np.empty((0, 4))
+    if not len(nodes):
         return np.empty((0, 3))
-    mass = ndimage.sum_labels(heat.numpy(), pieces, np.arange(1, count + 1))
-    kept = np.isin(pieces, 1 + np.flatnonzero(mass >= _HEAT_MASS))
-    hot = np.where(kept, heat.numpy(), 0.0)
-    peaks = peak_local_max(hot, min_distance=_PEAKS_APART, threshold_abs=_PEAK, exclude_border=False)
-    peaks = peaks[np.argsort(-peaks[:, 2], kind="stable")]
-    return peaks * SPINE_STEP + (SPINE_STEP - 1) / 2
+    value = nodes[:, 3] - _FORWARD * (nodes[:, 1] - nodes[:, 1].min())
+    best, before = value.copy(), np.full(len(nodes), -1)
+    for i, node in enumerate(nodes):
+        above = nodes[:i, 2] - node[2]
+        aside = np.linalg.norm(nodes[:i, :2] - node[:2], axis=1)
+        linked = (above > 0) & (above <= _LONGEST_GAP) & (aside <= 2 + above)
+        if linked.any():
+            j = np.flatnonzero(linked)[(best[:i] - 0.05 * aside)[linked].argmax()]
+            if best[j] - 0.05 * aside[j] > 0:
+                best[i], before[i] = value[i] + best[j] - 0.05 * aside[j], j
+    chain = [int(best.argmax())]
+    while before[chain[-1]] >= 0:
+        chain.append(int(before[chain[-1]]))
+    line = nodes[chain, :3]  # from the bottom
+    if line[-1, 2] - line[0, 2] < _LEAST_RIDGE:
+        return np.empty((0, 3))
+    heights = np.arange(line[-1, 2], line[0, 2] - 1, -_PLACE_STEP)
+    places = [np.interp(heights, line[:, 2], line[:, axis]) for axis in range(2)]
+    return np.stack([*places, heights], 1) * SPINE_STEP + (SPINE_STEP - 1) / 2
+
+
+def _spots(section, height):
+    """Return the hottest points (right, anterior, height, heat) of a slice's separate hot regions, at most four."""
+    pieces, count = ndimage.label((section > _HEAT).numpy())
+    points = ndimage.maximum_position(section.numpy(), pieces, range(1, count + 1))
+    spots = [(right, anterior, height, float(section[right, anterior])) for right, anterior in points]
+    return np.array(sorted(spots, key=lambda spot: -spot[3])[:4]).reshape(-1, 4)
 
 
 def _in_memory(memory, place):
-    index = np.rint(place).astype(int)
-    around = tuple(slice(max(i - 1, 0), i + 2) for i in index)
-    return memory[around].numel() > 0 and float(memory[around].mean()) > _MOST_OVERLAP
+    around = tuple(slice(max(int(i) - 1, 0), int(i) + 2) for i in np.rint(place))
+    return float(memory[around].mean()) > 0.5
 
 
-def _gaps(found):
-    """Return places half-way between neighbours that lie much farther apart than others."""
-    centres = np.array(sorted((outline.centre for outline in found), key=lambda centre: -centre[2]))
-    if len(centres) < 4:
-        return []
-    apart = np.linalg.norm(np.diff(centres, axis=0), axis=1)
-    wide = apart > _GAP * np.median(apart)
-    return [(upper + lower) / 2 for upper, lower, far in zip(centres, centres[1:], wide, strict=False) if far]
+def _is_vertebra(outline, heat, memory):
+    """Return whether an outline has a body on the hot line and is not what the memory holds already."""
+    places = np.argwhere((outline.probability > 0.5).numpy()) + outline.corner
+    places = places[((places >= 0) & (places < memory.shape)).all(axis=1)]
+    coarse = np.minimum(places // SPINE_STEP, np.array(heat.shape) - 1)
+    hot = (heat[tuple(torch.from_numpy(coarse.T.copy()))] > _HEAT).sum()
+    known = memory[tuple(torch.from_numpy(places.T.copy()))].mean()
+    return bool(hot >= _FEWEST_HOT) and bool(known < _MOST_OVERLAP)

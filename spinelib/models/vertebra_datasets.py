@@ -27,7 +27,7 @@ SPINE_STEP, SPINE_CUBE = 2, 48
 """Coarse voxels of the heat map (working voxels a side) and how many a side a training part has: 192 mm."""
 
 HEAT_SIGMA_MM = 6.0
-"""Of the Gaussians; peaks of neighbours 17 mm apart, as in the neck, must stay apart."""
+"""Of the Gaussians at body centres."""
 
 WHOLE_SHARE = 0.97
 """Visible share from which a vertebra counts as complete."""

@@ -3,7 +3,7 @@
 The scheme follows Serrador 2024 (two 3D U-Nets, memory of what is segmented, top to bottom). Differences, with
 reasons: instance instead of batch normalisation (trainings are short, running statistics lag); strided residual
 U-Nets of MONAI (eight times faster on a CPU than pooling ones of the same width); heat maps in fixed millimetres
-instead of a grid stretched to every field of view; the heat map says where the next vertebra is and the patch marks its
+instead of a grid stretched to every field of view; the heat map says where to look and the patch marks its
 middle, while in the paper the memory alone tells the next vertebra from the others (that took several times as many
 steps to learn); a third network that names levels, which the paper leaves out.
 """
@@ -24,7 +24,7 @@ _FULL = 8  # features at full resolution
 
 
 class SpineFinder(nn.Module):
-    """Heat map of vertebral bodies: CT (b, 1, R, A, S) -> logits (b, 1, R, A, S), 4 mm voxels."""
+    """Heat map of the line of vertebral bodies: CT (b, 1, R, A, S) -> logits (b, 1, R, A, S), 4 mm voxels."""
 
     def __init__(self):
         super().__init__()

@@ -24,6 +24,8 @@ from spinelib.models.vertebra_networks import LevelNet, SpineFinder, VertebraUNe
 
 FORMAT = "spinelib-vertebrae-1"
 SHIPPED_WEIGHTS = "vertebrae.safetensors"
+ORDINARY = tuple(range(1, 25))
+"""VerSe labels of C1 to L5."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +105,17 @@ class VertebraSegmenter:
         if not outlines:
             return Segmentation(Volume(np.zeros(ct.values.shape, np.uint8), ct.affine), (), flags)
         levels, complete = self._read_levels(scan, outlines)
-        centres = np.array([outline.centre for outline in outlines]) * WORKING_MM
-        naming = name_levels(levels, complete, gap_ratios(centres) if len(centres) > 1 else None)
-        everything = _pasted(outlines, naming.labels, ct)
+        labels, sure, more = _named(outlines, levels, complete > 0.5)
+        everything = _pasted(outlines, labels, ct)
         centroids = body_centroids_mm(everything)
         found = tuple(
-            Found(int(label), centroids[int(label)], bool(whole > 0.5), float(sure))
-            for label, whole, sure in zip(naming.labels, complete, naming.level_confidence, strict=True)
+            Found(int(label), centroids[int(label)], bool(whole > 0.5), float(share))
+            for label, whole, share in zip(labels, complete, sure, strict=True)
             if int(label) in centroids
         )
         kept = np.zeros(max(LEVEL_ORDER) + 1, np.uint8)
-        kept[naming.labels[complete > 0.5]] = naming.labels[complete > 0.5]
-        return Segmentation(Volume(kept[everything.values], ct.affine), found, (*flags, *naming.flags))
+        kept[labels[complete > 0.5]] = labels[complete > 0.5]
+        return Segmentation(Volume(kept[everything.values], ct.affine), found, (*flags, *more))
 
     @torch.inference_mode()
     def _read_levels(self, scan, outlines):
@@ -178,6 +179,28 @@ class VertebraSegmenter:
         return cls(**nets, card=json.loads(header["card"]))
 
 
+def _named(outlines, levels, complete):
+    """Return labels (0: not named), their confidence and flags.
+
+    Vertebrae that the border cuts at either end say little of their level, and below L5 they may be sacrum: the
+    others are named, and these are counted on from them, without T13 and L6.
+    """
+    inner = np.flatnonzero(complete) if complete.any() else np.arange(len(outlines))
+    first, last = inner[0], inner[-1] + 1
+    centres = np.array([outline.centre for outline in outlines[first:last]]) * WORKING_MM
+    naming = name_levels(levels[first:last], complete[first:last], gap_ratios(centres) if len(centres) > 1 else None)
+    labels, sure = np.zeros(len(outlines), int), np.zeros(len(outlines))
+    labels[first:last], sure[first:last] = naming.labels, naming.level_confidence
+    top, bottom = (LEVEL_ORDER.index(labels[i]) for i in (first, last - 1))
+    above = [label for label in ORDINARY if LEVEL_ORDER.index(label) < top]
+    below = [label for label in ORDINARY if LEVEL_ORDER.index(label) > bottom]
+    for i in range(first - 1, -1, -1):
+        labels[i], sure[i] = above.pop() if above else 0, sure[first]
+    for i in range(last, len(outlines)):
+        labels[i], sure[i] = below.pop(0) if below else 0, sure[last - 1]
+    return labels, sure, naming.flags
+
+
 def _pasted(outlines: list[Outline], numbers, ct: Volume) -> Volume:
     """Return the outlines on the grid of the CT, numbered.
 
@@ -187,6 +210,8 @@ def _pasted(outlines: list[Outline], numbers, ct: Volume) -> Volume:
     working = np.maximum(np.rint(np.array(ct.values.shape) * ct.spacing_mm / WORKING_MM), 1)
     scale = working / np.array(ct.values.shape)
     for number, outline in zip(numbers, outlines, strict=True):
+        if not number:
+            continue
         margin = _margin(outline, [other for other in outlines if other is not outline])
         places = np.argwhere((margin > 0).numpy())
         if not len(places):
