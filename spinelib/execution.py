@@ -86,9 +86,10 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        ended = False
+        ended, pause = False, min(0.25, self._seconds)
         while not ended:
-            ended = self._stop.wait(self._seconds)
+            ended = self._stop.wait(pause)
+            pause = min(1.5 * pause, self._seconds)  # a short notebook must be seen before it ends
             self.peak_gb = max(self.peak_gb, round(_children_bytes() / 1e9, 3))
 
 
