@@ -65,6 +65,13 @@ class _Parts(Dataset):
         place = int(rng.integers(len(self.scans))) if self.augment else index % len(self.scans)
         return self._item(place, rng)
 
+    def _target(self, scan, rng):
+        """Return a level, if possible one in the field of view; the view; and all levels in it."""
+        target = int(rng.choice(scan.levels))
+        view = self._view(scan, rng, target)
+        present = _present(scan, view)
+        return target if target in present or not present else int(rng.choice(present)), view, present
+
     def _view(self, scan, rng, target) -> _View:
         linear = _random_linear(rng) if self.augment else np.eye(3)
         low, high = 0, scan.shape[2]
@@ -86,10 +93,7 @@ class OutlineDataset(_Parts):
 
     def _item(self, place, rng):
         scan = self.scans[place]
-        target = int(rng.choice(scan.levels))
-        view = self._view(scan, rng, target)
-        present = _present(scan, view)
-        target = target if target in present or not present else int(rng.choice(present))
+        target, view, present = self._target(scan, rng)
         wanted = target in present and rng.random() > 0.125
         above = set(present[: present.index(target)]) if target in present else set()
         centre = _between(scan, target, rng)
@@ -113,10 +117,7 @@ class LevelDataset(_Parts):
 
     def _item(self, place, rng):
         scan = self.scans[place]
-        target = int(rng.choice(scan.levels))
-        view = self._view(scan, rng, target)
-        present = _present(scan, view)
-        target = target if target in present or not present else int(rng.choice(present))
+        target, view, present = self._target(scan, rng)
         centre = scan.small["centres"][target] + (rng.uniform(-4, 4, 3) if self.augment else 0.0)
         ct, labels = _sampled(scan, centre, view, LEVEL_CUBE * LEVEL_STEP)
         ct = _spoilt(ct, rng) if self.augment else ct
