@@ -74,21 +74,6 @@ def cache_scan(scan: LabelledCT, folder) -> CachedScan:
     return CachedScan(path)
 
 
-def cached_scans(folder) -> list[CachedScan]:
-    """Return all scans of a folder in the order of their names.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    found = sorted(Path(folder).glob("*.safetensors"))
-    if not found:
-        message = f"{folder} holds no scans on the working grid. Make some with: spinelib train vertebrae --render 400"
-        raise InputError(message)
-    return [CachedScan(path) for path in found]
-
-
 def pooled(scans: Iterable[CachedScan], factor: int) -> list[torch.Tensor]:
     """Return whole scans averaged over `factor` voxels a side, float16 HU."""
     out = []

@@ -37,7 +37,7 @@ class SpineFinder(nn.Module):
         return self.head(torch.cat([self.net(image), image], 1))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return binary cross-entropy with soft targets, in which the rare bodies weigh as much as the rest."""
+        """Return binary cross-entropy with soft targets; a voxel at a body centre weighs ten times one away from it."""
         heat = batch["heat"]
         each = functional.binary_cross_entropy_with_logits(self(batch["image"]), heat, reduction="none")
         return (each * (1 + 9 * heat)).mean()
