@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from spinelib.geometry import Volume
 from spinelib.imaging.verse import LabelledCT, body_centroids_mm
-from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER, region
+from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER, VERSE_LABELS, region
 from spinelib.models.scan_cache import WORKING_MM
 from spinelib.models.scan_grid import resampled, sample_separably
 from spinelib.models.vertebrae import VertebraSegmenter
@@ -26,7 +26,7 @@ Method = Callable[[LabelledCT], Answer]
 
 
 def evaluate_scans(methods: dict[str, Method], scans: Iterable[LabelledCT]) -> pd.DataFrame:
-    """Return one row per method and vertebra: `vertebra_scores.score_scan` with method, scan, fov and seconds.
+    """Return one row per method and vertebra: `vertebra_scores.score_scan` with method, scan, seconds, fov and anatomy.
 
     Truth is what VerSe would annotate: vertebrae that the border cuts are left out.
 
@@ -48,7 +48,8 @@ def evaluate_scans(methods: dict[str, Method], scans: Iterable[LabelledCT]) -> p
             labels, centroids = method(scan)
             seconds = time.perf_counter() - start
             frame = score_scan(labels, truth, spacing, centroids, scan.centroids_mm)
-            frames.append(frame.assign(method=name, scan=scan.key, fov=field_of_view(truth), seconds=seconds))
+            shown = {"fov": field_of_view(truth), "anatomy": anatomy(scan.labels.values)}
+            frames.append(frame.assign(method=name, scan=scan.key, seconds=seconds, **shown))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -63,11 +64,16 @@ def field_of_view(labels: np.ndarray) -> str:
     return " + ".join(dict.fromkeys(region(LEVEL_OF_LABEL[label]) for label in LEVEL_ORDER if label in present))
 
 
-def network_method(segmenter: VertebraSegmenter) -> Method:
-    """Return the networks as a method."""
+def anatomy(labels: np.ndarray) -> str:
+    """Return 'T13 or L6' if a mask shows one of them, else 'neither in view'."""
+    return "T13 or L6" if np.isin(labels, [VERSE_LABELS["T13"], VERSE_LABELS["L6"]]).any() else "neither in view"
+
+
+def network_method(segmenter: VertebraSegmenter, one_by_one: bool = False) -> Method:
+    """Return the networks as a method; `one_by_one` as in `VertebraSegmenter.segment`."""
 
     def method(scan):
-        result = segmenter.segment(scan.ct)
+        result = segmenter.segment(scan.ct, one_by_one)
         return result.labels.values, {found.label: found.centroid_mm for found in result.found if found.complete}
 
     return method

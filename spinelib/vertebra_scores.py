@@ -57,6 +57,7 @@ _COLUMNS = {
     "identified": "boolean",
     "distance_mm": float,
 }
+_BY_SCAN = ("fov", "anatomy")  # columns that say what a scan shows
 _MEASURES = {
     "id_rate": "identified",
     "loc_mm": "distance_mm",
@@ -130,14 +131,15 @@ def summarise_scans(frames, n: int = 2000, seed: int = 0) -> pd.DataFrame:
     Parameters
     ----------
     frames : iterable of DataFrame
-        One per scan, from `score_scan`. If all have a column 'fov' the scores are given for each of its values.
+        One per scan, from `score_scan`. If all have a column 'fov' (field of view) or 'anatomy', the scores are given
+        for each of its values too.
     n, seed
         See `spinelib.metrics.bootstrap_ci`.
 
     Returns
     -------
     DataFrame
-        by ('all', 'region' or 'fov'), group, metric, n, mean, ci_low, ci_high.
+        by ('all', 'region', 'fov' or 'anatomy'), group, metric, n, mean, ci_low, ci_high.
 
         id_rate, loc_mm, dice, hd_mm and the shape scores are means over the vertebrae (n) of all scans that have
         the value; scans are drawn whole, since vertebrae of one scan are not independent. label_shift_rate is the
@@ -151,8 +153,9 @@ def summarise_scans(frames, n: int = 2000, seed: int = 0) -> pd.DataFrame:
     table = pd.concat([frame.assign(scan=i) for i, frame in enumerate(frames)], ignore_index=True)
     groups = [("all", "all", table)]
     groups += [("region", name, part) for name in REGIONS if len(part := table[table["region"] == name])]
-    if all("fov" in frame for frame in frames):
-        groups += [("fov", name, part) for name, part in table.groupby("fov")]
+    for column in _BY_SCAN:
+        if all(column in frame for frame in frames):
+            groups += [(column, name, part) for name, part in table.groupby(column)]
     rows = [{"by": by, "group": name} | row for by, name, part in groups for row in _group_rows(part, n, seed)]
     return pd.DataFrame(rows)
 

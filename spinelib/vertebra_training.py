@@ -13,8 +13,8 @@ from spinelib.ct_cohort import load_ct_cohort
 from spinelib.data import keep_freed_memory
 from spinelib.errors import InputError
 from spinelib.models.scan_cache import CachedScan, cache_scan, pooled
-from spinelib.models.vertebra_datasets import SPINE_STEP, LevelDataset, OutlineDataset, SpineDataset
-from spinelib.models.vertebra_networks import STUDENT, DistilledUNet, LevelNet, SpineFinder, VertebraUNet
+from spinelib.models.vertebra_datasets import SPINE_STEP, LevelDataset, OutlineDataset, SpineDataset, VoteDataset
+from spinelib.models.vertebra_networks import VOTER, DistilledUNet, LevelNet, SpineFinder, VertebraUNet, VoteUNet
 from spinelib.models.vertebrae import VertebraSegmenter
 from spinelib.phantom.scan import sample_scan
 from spinelib.record import file_sha256
@@ -24,6 +24,7 @@ PARTS = 400
 """Random parts of scans that make up an epoch."""
 
 _RATE = 3e-3
+_EPOCHS = {"finder": 12, "namer": 100, "voter": 32, "outliner": 17}
 
 
 def render_scans(folder, count: int, seed: int = 0, n_jobs: int = 2) -> list[CachedScan]:
@@ -36,11 +37,25 @@ def train_finder(
     train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
 ) -> SpineFinder:
     """Train the heat map of the spine on `config.epochs` passes of random parts."""
-    sets = [
-        SpineDataset(scans, length, config.seed, augment, pooled(scans, SPINE_STEP))
-        for scans, length, augment in _plans(train, validation, parts)
-    ]
-    return _fitted(SpineFinder(), sets, config, folder, workers)
+    return _fitted(SpineFinder(), _coarse_sets(SpineDataset, train, validation, config, parts), config, folder, workers)
+
+
+def train_voter(
+    train: list[CachedScan],
+    validation,
+    config: TrainConfig,
+    folder,
+    channels: tuple[int, ...] = VOTER,
+    teacher: VoteUNet | None = None,
+    parts: int = PARTS,
+    workers: int = 0,
+) -> VoteUNet:
+    """Train the network whose voxels vote for the centre of their vertebra, from scratch or taught by another one."""
+    torch.manual_seed(config.seed)
+    net = VoteUNet(channels)
+    sets = [VoteDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
+    _fitted(net if teacher is None else DistilledUNet(net, teacher), sets, config, folder, workers)
+    return net.eval()
 
 
 def train_outliner(
@@ -48,25 +63,19 @@ def train_outliner(
     validation,
     config: TrainConfig,
     folder,
-    channels: tuple[int, ...] = STUDENT,
-    teacher: VertebraUNet | None = None,
     parts: int = PARTS,
     workers: int = 0,
 ) -> VertebraUNet:
-    """Train the network that outlines the next vertebra, from scratch or taught by a larger one."""
-    torch.manual_seed(config.seed)
-    net = VertebraUNet(channels)
+    """Train the network that outlines the next vertebra."""
     sets = [OutlineDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
-    _fitted(net if teacher is None else DistilledUNet(net, teacher), sets, config, folder, workers)
-    return net.eval()
+    return _fitted(VertebraUNet(), sets, config, folder, workers)
 
 
 def train_namer(
     train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
 ) -> LevelNet:
     """Train the network that names levels and tells complete from cut vertebrae."""
-    sets = [LevelDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
-    return _fitted(LevelNet(), sets, config, folder, workers)
+    return _fitted(LevelNet(), _coarse_sets(LevelDataset, train, validation, config, parts), config, folder, workers)
 
 
 def train_segmenter(
@@ -78,7 +87,7 @@ def train_segmenter(
     seed=0,
     workers=0,
 ) -> VertebraSegmenter:
-    """Train the three networks.
+    """Train the four networks.
 
     Parameters
     ----------
@@ -86,14 +95,15 @@ def train_segmenter(
     folder : path
         Logs and checkpoints; a training that was interrupted goes on.
     epochs : dict of int
-        Of 'finder', 'namer' and 'outliner'.
+        Of 'finder', 'namer', 'voter' and 'outliner'.
     parts : int
         Random parts of scans an epoch.
     seed, workers : int
         Of everything drawn; processes that cut parts, 0 = none of their own.
     """
     folder = Path(folder)
-    schools = {"finder": (train_finder, 2), "namer": (train_namer, 16), "outliner": (train_outliner, 2)}
+    schools = {"finder": (train_finder, 2), "namer": (train_namer, 16)}
+    schools |= {"voter": (train_voter, 2), "outliner": (train_outliner, 2)}
     nets = {}
     for name, (school, batch_size) in schools.items():
         config = TrainConfig(epochs[name], batch_size, _RATE, seed=seed)
@@ -106,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     started, folder = time.time(), Path(args.output)
     train, validation, source = _scans(args)
-    epochs = {name: getattr(args, f"{name}_epochs") for name in ("finder", "namer", "outliner")}
+    epochs = {name: getattr(args, f"{name}_epochs") for name in _EPOCHS}
     segmenter = train_segmenter(train, validation, folder, epochs, args.parts, args.seed, args.workers)
     segmenter.card = {
         "command": "spinelib train vertebrae " + " ".join(argv or []),
@@ -148,7 +158,7 @@ def _arguments(argv):
     parser.add_argument("--scan-seed", type=int, default=100_000, help="first synthetic scan; tests use small seeds")
     parser.add_argument("--cache", default="data/ct-cache", metavar="FOLDER", help="scans on the working grid")
     parser.add_argument("-o", "--output", required=True, help="folder for weights, logs and checkpoints")
-    for name, epochs in {"finder": 12, "namer": 50, "outliner": 17}.items():
+    for name, epochs in _EPOCHS.items():
         parser.add_argument(f"--{name}-epochs", type=int, default=epochs, help="passes of --parts parts")
     parser.add_argument("--parts", type=int, default=PARTS, help="parts a pass")
     parser.add_argument("--n-jobs", type=int, default=2, help="processes that render")
@@ -159,6 +169,13 @@ def _arguments(argv):
 
 def _plans(train, validation, parts):
     return (train, parts, True), (validation, max(parts // 4, len(validation)), False)
+
+
+def _coarse_sets(kind, train, validation, config, parts):
+    return [
+        kind(scans, length, config.seed, augment, pooled(scans, SPINE_STEP))
+        for scans, length, augment in _plans(train, validation, parts)
+    ]
 
 
 def _fitted(model, sets, config, folder, workers):

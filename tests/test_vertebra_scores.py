@@ -255,6 +255,12 @@ def scan(rate, fov="whole", labels=range(17, 23)):
     return frame
 
 
+def test_summary_by_anatomy():
+    table = summarise_scans([scan(1.0).assign(anatomy="T13 or L6"), scan(0.5).assign(anatomy="neither in view")])
+    rates = table[(table["metric"] == "id_rate") & (table["by"] == "anatomy")].set_index("group")["mean"]
+    assert rates.to_dict() == {"T13 or L6": 1.0, "neither in view": 0.5}
+
+
 def test_summary_by_region_and_field_of_view():
     table = summarise_scans([scan(1.0), scan(1.0), scan(0.5, fov="lumbar", labels=(20, 21))])
     assert table["by"].unique().tolist() == ["all", "region", "fov"]

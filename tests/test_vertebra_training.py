@@ -14,6 +14,7 @@ from spinelib.imaging.verse import body_centroids_mm, write_labelled_ct
 from spinelib.models.vertebrae import VertebraSegmenter
 from spinelib.phantom.scan import sample_scan
 from spinelib.vertebra_evaluation import (
+    anatomy,
     ceiling_method,
     evaluate_scans,
     field_of_view,
@@ -88,6 +89,11 @@ def test_field_of_view_names_regions_from_the_top():
     assert field_of_view(np.array([1])) == "cervical"
 
 
+def test_scans_with_an_odd_number_of_vertebrae_are_told_apart():
+    assert anatomy(np.array([0, 19, 28, 20])) == anatomy(np.array([24, 25])) == "T13 or L6"
+    assert anatomy(np.array([0, 19, 20])) == "neither in view"
+
+
 def test_published_rows_name_their_source():
     rows = published_rows()
     assert rows["source"].str.len().min() > 5
@@ -98,14 +104,15 @@ def test_training_on_a_folder_in_verse_layout_from_the_command_line(tmp_path, sc
     for split, key in (("training", "a"), ("validation", "b")):
         write_labelled_ct(tmp_path / "verse", replace(scan, key=key), split, "PIR")
     words = ["vertebrae", str(tmp_path / "verse"), "--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "out")]
-    words += ["--finder-epochs", "1", "--namer-epochs", "1", "--outliner-epochs", "1", "--workers", "0"]
+    words += ["--finder-epochs", "1", "--namer-epochs", "1", "--voter-epochs", "1"]
+    words += ["--outliner-epochs", "1", "--workers", "0"]
     assert main(["train", *words, "--parts", "4"]) == 0
     card = json.loads((tmp_path / "out" / "weights.json").read_text())
     assert card["scans"] == {"train": 1, "validation": 1, "source": str(tmp_path / "verse")}
     segmenter = VertebraSegmenter.load(tmp_path / "out" / "weights.safetensors")
     assert segmenter.card["command"].startswith("spinelib train vertebrae")
     assert "weights.safetensors" in capsys.readouterr().out
-    logs = [pd.read_csv(tmp_path / "out" / net / "log.csv") for net in ("finder", "namer", "outliner")]
+    logs = [pd.read_csv(tmp_path / "out" / net / "log.csv") for net in ("finder", "namer", "voter", "outliner")]
     assert all(np.isfinite(log["train_loss"]).all() for log in logs)
 
 

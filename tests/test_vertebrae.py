@@ -16,10 +16,10 @@ from spinelib.models.scan_grid import OUTSIDE
 from spinelib.models.traversal import spine_heat, traverse
 from spinelib.models.vertebra_datasets import LevelDataset, OutlineDataset, SpineDataset
 from spinelib.models.vertebra_networks import (
-    DistilledUNet,
     LevelNet,
     SpineFinder,
     VertebraUNet,
+    VoteUNet,
     outline_loss,
 )
 from spinelib.models.vertebrae import VertebraSegmenter
@@ -94,7 +94,7 @@ def test_cache_refuses_a_scan_without_vertebrae(tmp_path):
 
 @pytest.mark.parametrize("kind", [OutlineDataset, LevelDataset, SpineDataset])
 def test_items_depend_on_seed_epoch_and_index_alone(scan, kind):
-    more = {"coarse": pooled([scan], 2)} if kind is SpineDataset else {}
+    more = {} if kind is OutlineDataset else {"coarse": pooled([scan], 2)}
     first, again = kind([scan], 4, 1, **more), kind([scan], 4, 1, **more)
     for name, value in first[2].items():
         assert torch.equal(value, again[2][name])
@@ -126,15 +126,15 @@ def test_unmoved_parts_are_cut_out_as_they_are(scan):
     assert item["target"].sum() in (16 * 18 * HEIGHT, 0)
     assert item["image"][0].max() == pytest.approx(0.5, abs=1e-4)
     assert item["image"][0][item["image"][0] > OUTSIDE].min() >= 0.0199
-    item = LevelDataset([scan], 1, 0, augment=False)[0]
+    item = LevelDataset([scan], 1, 0, augment=False, coarse=pooled([scan], 2))[0]
     assert item["complete"] == 1
-    assert item["image"][1].sum() * 8 == pytest.approx(16 * 18 * HEIGHT, rel=1e-4)
+    assert item["image"][1].sum() * 8 == pytest.approx(16 * 18 * HEIGHT, rel=0.1)
     assert LEVEL_ORDER[item["level"]] in LEVELS
 
 
 def test_a_cut_vertebra_is_never_complete(tmp_path):
     cut = cache_scan(column(cut_top=True), tmp_path)
-    items = [LevelDataset([cut], 60, 3)[i] for i in range(60)]
+    items = [LevelDataset([cut], 60, 3, coarse=pooled([cut], 2))[i] for i in range(60)]
     top = [float(i["complete"]) for i in items if LEVEL_ORDER[i["level"]] == LEVELS[0]]
     rest = [float(i["complete"]) for i in items if LEVEL_ORDER[i["level"]] != LEVELS[0]]
     assert top
@@ -232,29 +232,17 @@ def test_loss_of_outlines():
     assert outline_loss(right, target) < half < outline_loss(wrong, target)
 
 
-def test_a_student_that_equals_its_teacher_pays_for_the_truth_and_the_teachers_doubt():
-    torch.manual_seed(0)
-    teacher = VertebraUNet((8, 16))
-    model = DistilledUNet(teacher, teacher)
-    batch = {"image": torch.randn(1, 2, 16, 16, 16), "target": torch.zeros(1, 1, 16, 16, 16)}
-    other = DistilledUNet(VertebraUNet((8, 16)), teacher)
-    assert torch.isfinite(model.loss(batch))
-    assert not any(name.startswith("_teacher") for name in other.state_dict())
-    other.loss(batch).backward()
-    assert all(p.grad is None for p in teacher.parameters())
-
-
 @pytest.fixture(scope="module")
 def segmenter():
     torch.manual_seed(0)
-    return VertebraSegmenter(SpineFinder(), VertebraUNet(), LevelNet(), {"what": "untrained"})
+    return VertebraSegmenter(SpineFinder(), VoteUNet(), VertebraUNet(), LevelNet(), {"what": "untrained"})
 
 
 def test_weights_come_back_as_they_were(segmenter, tmp_path):
     segmenter.save(tmp_path / "w.safetensors")
     again = VertebraSegmenter.load(tmp_path / "w.safetensors")
     assert again.card == segmenter.card
-    for name in ("finder", "outliner", "namer"):
+    for name in ("finder", "voter", "outliner", "namer"):
         for a, b in zip(getattr(segmenter, name).parameters(), getattr(again, name).parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-3)
 
@@ -268,13 +256,14 @@ def test_bad_weights_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"format": "other"})
-    with pytest.raises(InputError, match="expected 'spinelib-vertebrae-1'"):
+    with pytest.raises(InputError, match="expected 'spinelib-vertebrae-2'"):
         VertebraSegmenter.load(tmp_path / "w.safetensors")
 
 
-def test_an_untrained_network_gives_a_valid_answer(segmenter):
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_an_untrained_network_gives_a_valid_answer(segmenter, one_by_one):
     ct = column().ct
-    result = segmenter.segment(ct)
+    result = segmenter.segment(ct, one_by_one)
     assert result.labels.values.shape == ct.values.shape
     assert result.labels.values.dtype == np.uint8
     assert set(np.unique(result.labels.values)) <= {0, *LEVEL_ORDER}

@@ -97,11 +97,11 @@ def traverse(net: VertebraUNet, scan: Tensor, heat: Tensor) -> tuple[list[Outlin
         memory[inside] = torch.maximum(memory[inside], (outline.probability[there] > 0.5).float())
         found.append(outline)
     found.sort(key=lambda outline: -outline.centre[2])
-    found = _without_fragments(found, scan.shape[2])
+    found = without_fragments(found, scan.shape[2])
     return found, () if found else ("no spine found",)
 
 
-def _without_fragments(found, slices):
+def without_fragments(found: list[Outline], slices: int) -> list[Outline]:
     """Leave out what is much smaller than its neighbours although no border cuts it: discs, parts of a neighbour."""
     sizes = [int((outline.probability > 0.5).sum()) for outline in found]
     whole = [not _at_border(outline, slices) for outline in found]

@@ -20,11 +20,11 @@ from spinelib.models.scan_grid import OUTSIDE, normalised, overlap
 PATCH = 64
 """Voxels a side of a vertebra patch: 128 mm, as in Serrador 2024."""
 
-LEVEL_CUBE, LEVEL_STEP = 40, 2
-"""Voxels a side of a level patch, each the mean of 2 x 2 x 2 working voxels: 160 mm."""
+SPINE_STEP = 2
+"""Working voxels a side of a coarse voxel, 4 mm, on which the spine is found and levels are read."""
 
-SPINE_STEP, SPINE_CUBE = 2, 48
-"""Coarse voxels of the heat map (working voxels a side) and how many a side a training part has: 192 mm."""
+SPINE_CUBE, LEVEL_CUBE = 48, 40
+"""Coarse voxels a side of a training part of the heat map, 192 mm, and of a level patch, 160 mm."""
 
 HEAT_SIGMA_MM = 6.0
 """Of the Gaussians at body centres."""
@@ -32,6 +32,9 @@ HEAT_SIGMA_MM = 6.0
 WHOLE_SHARE = 0.97
 """Visible share from which a vertebra counts as complete."""
 
+
+_ASIDE = 20.0
+"""Voxels by which a patch of `VoteDataset` lies beside a vertebra at most, along each axis."""
 
 _NOWHERE = 255  # label of voxels outside the field of view while a patch is sampled
 
@@ -112,49 +115,77 @@ class OutlineDataset(_Parts):
         }
 
 
-class LevelDataset(_Parts):
+class VoteDataset(_Parts):
+    """Items 'image' (1, 64, 64, 64), 'labels' (64, 64, 64) uint8, 'bodies' (29, 3): body centres as patch indices."""
+
+    def _item(self, place, rng):
+        scan = self.scans[place]
+        target = int(rng.choice(scan.levels))
+        view = self._view(scan, rng, target)
+        near = scan.small["centres"][target] if rng.random() < 0.85 else rng.uniform(0, scan.shape)
+        centre = near + (rng.uniform(-_ASIDE, _ASIDE, 3) if self.augment else 0.0)
+        ct, labels = _sampled(scan, centre, view, PATCH)
+        bodies = (scan.small["bodies"] - centre) @ np.linalg.inv(view.linear).T + (PATCH - 1) / 2
+        known = torch.from_numpy(np.isfinite(bodies[:, 0]))
+        return {
+            "image": (_spoilt(ct, rng) if self.augment else ct)[None],
+            "labels": torch.where(known[labels.long()], labels, 0),
+            "bodies": torch.from_numpy(np.nan_to_num(bodies).astype(np.float32)),
+        }
+
+
+class _CoarseParts(_Parts):
+    """Parts with voxels of 4 mm, cut from scans that were averaged beforehand (`scan_cache.pooled`)."""
+
+    def __init__(self, scans, length, seed=0, augment=True, coarse=None):
+        super().__init__(scans, length, seed, augment)
+        self.coarse = coarse
+
+    def _coarse_ct(self, place, centre, view, size, rng):
+        """Return network values (size, size, size) and the working index of every voxel (size, size, size, 3)."""
+        step = SPINE_STEP
+        points = _points(centre, view.linear * step, size)
+        values = _interpolate(self.coarse[place].float(), (points - (step - 1) / 2) / step, np.zeros(3, int))
+        image = torch.where(_inside(points, self.scans[place].shape, view), normalised(values), OUTSIDE)
+        return _spoilt(image, rng) if self.augment else image, points
+
+
+class LevelDataset(_CoarseParts):
     """Items 'image' (2, 40, 40, 40): CT and mask, 'level' index in LEVEL_ORDER, 'complete' 0 or 1."""
 
     def _item(self, place, rng):
         scan = self.scans[place]
         target, view, present = self._target(scan, rng)
         centre = scan.small["centres"][target] + (rng.uniform(-4, 4, 3) if self.augment else 0.0)
-        ct, labels = _sampled(scan, centre, view, LEVEL_CUBE * LEVEL_STEP)
-        ct = _spoilt(ct, rng) if self.augment else ct
-        both = torch.stack([ct, (labels == target).float()])
+        ct, _ = self._coarse_ct(place, centre, view, LEVEL_CUBE, rng)
+        coarse = _View(view.linear * SPINE_STEP, view.low, view.high)
+        mask = _sampled(scan, centre, coarse, LEVEL_CUBE)[1] == target
+        if self.augment and rng.random() < 0.5:
+            mask = _shifted(mask, rng)
         complete = _visible_share(scan, view)[target] >= WHOLE_SHARE and not scan.small["cut"][target]
         return {
-            "image": functional.avg_pool3d(both[None], LEVEL_STEP)[0],
+            "image": torch.stack([ct, mask.float()]),
             "level": torch.tensor(LEVEL_ORDER.index(target)),
             "complete": torch.tensor(float(complete)),
         }
 
 
-class SpineDataset(_Parts):
+class SpineDataset(_CoarseParts):
     """Items 'image' (1, 48, 48, 48): CT at 4 mm, and 'heat' of the same shape, Gaussians at body centres."""
 
-    def __init__(self, scans, length, seed=0, augment=True, coarse=None):
-        super().__init__(scans, length, seed, augment)
-        self.coarse = coarse
-
     def _item(self, place, rng):
-        scan, step = self.scans[place], SPINE_STEP
+        scan = self.scans[place]
         target = int(rng.choice(scan.levels))
         view = self._view(scan, rng, target)
-        shape = np.array(scan.shape)
-        near = scan.small["centres"][target] if rng.random() < 0.7 else rng.uniform(0, shape)
-        centre = near + rng.uniform(-30, 30, 3)
-        points = _points(centre, view.linear * step, SPINE_CUBE)
-        whole = self.coarse[place].float()
-        values = _interpolate(whole, (points - (step - 1) / 2) / step, np.zeros(3, int))
-        image = torch.where(_inside(points, shape, view), normalised(values), OUTSIDE)
+        near = scan.small["centres"][target] if rng.random() < 0.7 else rng.uniform(0, scan.shape)
+        image, points = self._coarse_ct(place, near + rng.uniform(-30, 30, 3), view, SPINE_CUBE, rng)
         bodies = scan.small["bodies"]
         bodies = bodies[_present(scan, view)]
         heat = torch.zeros(points.shape[:3])
         for body in bodies:
             apart = ((points - torch.as_tensor(body, dtype=torch.float32)) ** 2).sum(-1) * WORKING_MM**2
             heat = torch.maximum(heat, torch.exp(-apart / (2 * HEAT_SIGMA_MM**2)))
-        return {"image": (_spoilt(image, rng) if self.augment else image)[None], "heat": heat[None]}
+        return {"image": image[None], "heat": heat[None]}
 
 
 def _between(scan, target, rng):
@@ -275,11 +306,16 @@ def _blurred(values, sigmas):
 
 
 def _roughened(memory, rng):
-    """Return a memory as a network would leave it: shifted by a voxel, or grown, or shrunk."""
+    """Return a mask (bool) as a network would leave it: shifted by a voxel, or grown, or shrunk."""
     kind = rng.random()
     if kind < 0.4:
         return memory
     if kind < 0.7:
-        return torch.roll(memory, tuple(int(s) for s in rng.integers(-1, 2, 3)), (0, 1, 2))
+        return _shifted(memory, rng)
     grown = functional.max_pool3d((memory if kind < 0.85 else ~memory).float()[None], 3, 1, 1)[0] > 0.5
     return grown if kind < 0.85 else ~grown
+
+
+def _shifted(mask, rng):
+    """Return a mask moved by at most a voxel along each axis."""
+    return torch.roll(mask, tuple(int(s) for s in rng.integers(-1, 2, 3)), (0, 1, 2))

@@ -19,10 +19,11 @@ from spinelib.models.enumeration import gap_ratios, name_levels
 from spinelib.models.scan_cache import WORKING_MM
 from spinelib.models.scan_grid import OUTSIDE, crop, normalised, overlap, resampled, sample_separably
 from spinelib.models.traversal import Outline, spine_heat, traverse
-from spinelib.models.vertebra_datasets import LEVEL_CUBE, LEVEL_STEP, PATCH
-from spinelib.models.vertebra_networks import LevelNet, SpineFinder, VertebraUNet
+from spinelib.models.vertebra_datasets import LEVEL_CUBE, PATCH, SPINE_STEP
+from spinelib.models.vertebra_networks import LevelNet, SpineFinder, VertebraUNet, VoteUNet
+from spinelib.models.voting import gather, vote
 
-FORMAT = "spinelib-vertebrae-1"
+FORMAT = "spinelib-vertebrae-2"
 SHIPPED_WEIGHTS = "vertebrae.safetensors"
 ORDINARY = tuple(range(1, 25))
 """VerSe labels of C1 to L5."""
@@ -71,11 +72,12 @@ class Segmentation:
 
 @dataclass
 class VertebraSegmenter:
-    """The three networks of `vertebra_networks` and the way through a scan.
+    """The networks of `vertebra_networks` and the way through a scan.
 
     Attributes
     ----------
     finder : SpineFinder
+    voter : VoteUNet
     outliner : VertebraUNet
     namer : LevelNet
     card : dict
@@ -83,25 +85,29 @@ class VertebraSegmenter:
     """
 
     finder: SpineFinder
+    voter: VoteUNet
     outliner: VertebraUNet
     namer: LevelNet
     card: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for net in (self.finder, self.outliner, self.namer):
+        for net in self._nets().values():
             net.eval()
 
-    def segment(self, ct: Volume) -> Segmentation:
+    def segment(self, ct: Volume, one_by_one: bool = False) -> Segmentation:
         """Return the vertebrae of a CT.
 
         Parameters
         ----------
         ct : Volume
             Hounsfield units, any spacing; axes (right, anterior, superior) as `read_volume` returns them.
+        one_by_one : bool
+            Outline one vertebra after another with the memory of those above (Serrador 2024), not all by votes.
         """
         working = resampled(ct, WORKING_MM)
         scan = normalised(torch.from_numpy(working.values))
-        outlines, flags = traverse(self.outliner, scan, spine_heat(self.finder, scan))
+        heat = spine_heat(self.finder, scan)
+        outlines, flags = traverse(self.outliner, scan, heat) if one_by_one else gather(*vote(self.voter, scan, heat))
         if not outlines:
             return Segmentation(Volume(np.zeros(ct.values.shape, np.uint8), ct.affine), (), flags)
         levels, complete = self._read_levels(scan, outlines)
@@ -120,7 +126,7 @@ class VertebraSegmenter:
     @torch.inference_mode()
     def _read_levels(self, scan, outlines):
         """Return log-probabilities (n, 26) of levels and probabilities (n,) of completeness."""
-        size = LEVEL_CUBE * LEVEL_STEP
+        size = LEVEL_CUBE * SPINE_STEP
         levels, complete = [], []
         for outline in outlines:
             corner = np.rint(outline.centre - (size - 1) / 2).astype(int)
@@ -128,7 +134,8 @@ class VertebraSegmenter:
             inside, there = overlap(mask.shape, outline.corner - corner, PATCH)
             mask[inside] = (outline.probability[there] > 0.5).float()
             both = torch.stack([crop(scan, corner, size, OUTSIDE), mask])[None]
-            both = functional.avg_pool3d(both, LEVEL_STEP)
+            both = functional.avg_pool3d(both, SPINE_STEP)
+            both[:, 1] = (both[:, 1] > 0.5).float()
             level, whole = self.namer(torch.cat([both, both.flip(2)]))
             levels.append(torch.log_softmax(level.float().mean(0), 0).numpy())
             complete.append(float(torch.sigmoid(whole.float().mean())))
@@ -136,14 +143,17 @@ class VertebraSegmenter:
 
     def save(self, path) -> None:
         """Write one safetensors file in 16 bits; the header names format, channels and card."""
-        nets = {"finder": self.finder, "outliner": self.outliner, "namer": self.namer}
         tensors = {
             f"{name}.{key}": value.detach().cpu().half().contiguous()
-            for name, net in nets.items()
+            for name, net in self._nets().items()
             for key, value in net.state_dict().items()
         }
-        header = {"format": FORMAT, "channels": json.dumps(self.outliner.channels), "card": json.dumps(self.card)}
+        channels = {name: net.channels for name, net in self._nets().items() if hasattr(net, "channels")}
+        header = {"format": FORMAT, "channels": json.dumps(channels), "card": json.dumps(self.card)}
         save_file(tensors, path, metadata=header)
+
+    def _nets(self):
+        return {"finder": self.finder, "voter": self.voter, "outliner": self.outliner, "namer": self.namer}
 
     @classmethod
     def load(cls, path=None) -> "VertebraSegmenter":
@@ -168,7 +178,13 @@ class VertebraSegmenter:
         if header.get("format") != FORMAT:
             message = f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}. Train the weights again."
             raise InputError(message)
-        nets = {"finder": SpineFinder(), "outliner": VertebraUNet(json.loads(header["channels"])), "namer": LevelNet()}
+        channels = json.loads(header["channels"])
+        nets = {
+            "finder": SpineFinder(),
+            "voter": VoteUNet(channels["voter"]),
+            "outliner": VertebraUNet(channels["outliner"]),
+            "namer": LevelNet(),
+        }
         try:
             for name, net in nets.items():
                 own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}

@@ -1,0 +1,193 @@
+"""Vertebrae from votes: piles of votes, touching neighbours, crumbs, and the targets the network learns."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from spinelib.geometry import Volume
+from spinelib.imaging.verse import LabelledCT
+from spinelib.levels import LEVEL_ORDER
+from spinelib.models.scan_cache import cache_scan
+from spinelib.models.scan_grid import OUTSIDE, normalised
+from spinelib.models.vertebra_datasets import VoteDataset
+from spinelib.models.vertebra_networks import VOTE_VOXELS, DistilledUNet, VoteUNet
+from spinelib.models.voting import gather, vote
+
+SHAPE, HEIGHT, COUNT = (64, 64, 96), 16, 5
+
+
+def stack_of_blocks():
+    """Labels 20 to 24, top to bottom, blocks that touch their neighbours, each with a process behind."""
+    labels = np.zeros(SHAPE, np.uint8)
+    for place in range(COUNT):
+        top = 88 - place * HEIGHT
+        labels[22:42, 28:48, top - HEIGHT : top] = 20 + place
+        labels[30:34, 12:28, top - HEIGHT - 4 : top - HEIGHT + 2] = 20 + place  # overhangs the next one, as they do
+    return labels
+
+
+def perfect_votes(labels, noise=0.0):
+    grid = np.indices(labels.shape).astype(np.float32)
+    aims = grid.copy()
+    rng = np.random.default_rng(0)
+    for label in np.unique(labels[labels > 0]):
+        mask = labels == label
+        aims[:, mask] = np.argwhere(mask).mean(0)[:, None] + noise * rng.standard_normal((3, mask.sum()))
+    return torch.from_numpy((labels > 0).astype(np.float32)), torch.from_numpy(aims.astype(np.float32))
+
+
+def as_labels(outlines, shape):
+    out = np.zeros(shape, int)
+    for number, outline in enumerate(outlines, start=1):
+        places = np.argwhere(outline.probability.numpy() > 0.5) + outline.corner
+        assert (out[tuple(places.T)] == 0).all(), "no voxel belongs to two vertebrae"
+        out[tuple(places.T)] = number
+    return out
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_touching_vertebrae_come_apart(noise):
+    labels = stack_of_blocks()
+    outlines, flags = gather(*perfect_votes(labels, noise))
+    found = as_labels(outlines, SHAPE)
+    wanted = np.where(labels > 0, labels.astype(int) - 19, 0)
+    assert not flags
+    assert len(outlines) == COUNT
+    assert (found == wanted)[wanted > 0].mean() > (0.999 if noise == 0 else 0.97)
+
+
+def test_they_come_from_top_to_bottom():
+    outlines, _ = gather(*perfect_votes(stack_of_blocks()))
+    assert np.all(np.diff([outline.centre[2] for outline in outlines]) < 0)
+
+
+def test_without_bone_there_is_no_spine():
+    nothing = torch.zeros(SHAPE)
+    assert gather(nothing, torch.zeros(3, *SHAPE)) == ([], ("no spine found",))
+
+
+def test_a_crumb_is_no_vertebra():
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[30:33, 30:33, 40:43] = 20
+    assert gather(*perfect_votes(labels))[0] == []
+
+
+def test_what_lies_beside_the_spine_is_left_out():
+    labels = stack_of_blocks()
+    labels[2:10, 50:58, 40:52] = 30
+    outlines, _ = gather(*perfect_votes(labels))
+    assert len(outlines) == COUNT
+    assert (as_labels(outlines, SHAPE)[labels == 30] == 0).all()
+
+
+def test_votes_far_from_every_centre_count_for_none():
+    labels = stack_of_blocks()
+    probability, aims = perfect_votes(labels)
+    stray = torch.zeros(SHAPE, dtype=torch.bool)
+    stray[22:26, 28:32, 60:64] = True
+    aims[0][stray] += 40
+    found = as_labels(gather(probability, aims)[0], SHAPE)
+    assert (found[stray.numpy()] == 0).all()
+    assert (found > 0).sum() == (labels > 0).sum() - int(stray.sum())
+
+
+class PerfectVoter(nn.Module):
+    """Knows the stack: bone is bright, and the height tells the block."""
+
+    def forward(self, image):
+        z = (image - 0.2) * 10
+        return torch.cat([z, torch.zeros_like(image), torch.zeros_like(image), image / VOTE_VOXELS], 1)
+
+
+def test_votes_are_looked_for_around_the_hot_line_only():
+    scan = torch.full((200, 64, 64), 0.5)
+    heat = torch.zeros(100, 32, 32)
+    heat[10, 16, 16] = 1
+    probability, aims = vote(PerfectVoter(), scan, heat)
+    looked = np.flatnonzero(probability.numpy().any((1, 2)))
+    assert looked.min() == 0
+    assert looked.max() == 2 * 11 + 48 - 1
+    assert torch.allclose(aims[2, 30], torch.arange(64.0) + 0.5, atol=1e-4)
+    assert not vote(PerfectVoter(), scan, torch.zeros_like(heat))[0].any()
+
+
+def test_no_bone_outside_the_field_of_view():
+    scan = torch.full((64, 64, 64), 0.5)
+    scan[:, :, 40:] = OUTSIDE
+    probability, _ = vote(PerfectVoter(), scan, torch.ones(32, 32, 32))
+    assert not probability[:, :, 40:].any()
+    assert (probability[:, :, :40] > 0.5).all()
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    labels = stack_of_blocks()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    centroids = {n: 2.0 * np.array(ndimage.center_of_mass(labels == n)) for n in range(20, 25)}
+    ct = Volume(np.where(labels > 0, 500.0, 20.0).astype(np.float32), affine)
+    whole = LabelledCT("stack", ct, Volume(labels, affine), centroids, frozenset())
+    return cache_scan(whole, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_targets_point_at_the_centres_however_the_patch_was_moved(scan, augment):
+    errors = []
+    for item in (VoteDataset([scan], 12, seed=3, augment=augment)[i] for i in range(12)):
+        for label in np.unique(item["labels"][item["labels"] > 0]):
+            mask = item["labels"].numpy() == label
+            places = np.argwhere(mask)
+            if places.min() > 0 and places.max() < 63:  # whole in the patch, so its centre is known
+                errors.append(np.linalg.norm(places.mean(0) - item["bodies"][label].numpy()))
+    assert len(errors) > 5
+    assert np.median(errors) < 0.7
+    assert scan.levels == tuple(label for label in LEVEL_ORDER if 20 <= label <= 24)
+
+
+def test_items_are_the_same_every_time(scan):
+    first, again = (VoteDataset([scan], 4, seed=1)[2] for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_loss_is_small_for_the_truth_and_larger_for_every_kind_of_error(scan):
+    item = VoteDataset([scan], 1, augment=False)[0]
+    batch = {name: value[None] for name, value in item.items()}
+    own = item["labels"] > 0
+    grid = torch.stack(torch.meshgrid(*[torch.arange(64.0)] * 3, indexing="ij"))
+    ways = (item["bodies"][item["labels"].long()].movedim(-1, 0) - grid) / VOTE_VOXELS
+
+    class Fixed(VoteUNet):
+        def forward(self, image):
+            return torch.cat([self.logit, self.ways])[None]
+
+    net = Fixed((8, 16))
+    net.logit, net.ways = (own.float() * 40 - 20)[None], ways
+    best = float(net.loss(batch))
+    assert best < 1e-3
+    net.ways = ways + 0.1  # one voxel off along three axes
+    assert float(net.loss(batch)) == pytest.approx(best + 0.3, abs=1e-3)
+    net.ways, net.logit = ways, -net.logit
+    assert float(net.loss(batch)) > 1
+
+
+def test_patches_of_any_multiple_of_sixteen_go_through():
+    net = VoteUNet((8, 16))
+    assert net(torch.zeros(1, 1, 16, 32, 48)).shape == (1, 4, 16, 32, 48)
+    assert torch.isfinite(net(normalised(torch.randn(1, 1, 16, 16, 16) * 500))).all()
+
+
+def test_a_student_pays_for_the_truth_and_for_the_distance_from_its_teacher(scan):
+    torch.manual_seed(0)
+    item = VoteDataset([scan], 1, augment=False)[0]
+    batch = {name: value[None] for name, value in item.items()}
+    teacher, student = VoteUNet((8, 16)), VoteUNet((8, 16))
+    alike, other = DistilledUNet(teacher, teacher), DistilledUNet(student, teacher)
+    own = torch.sigmoid(teacher(batch["image"])[:, :1] / 2)
+    doubt = -(own * own.log() + (1 - own) * (1 - own).log()).mean()
+    expected = 0.5 * teacher.loss(batch) + 0.5 * 5 * 4 * doubt
+    assert float(alike.loss(batch)) == pytest.approx(float(expected), rel=1e-4)
+    assert not any(name.startswith("_teacher") for name in other.state_dict())
+    other.loss(batch).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad is not None for p in student.parameters())
