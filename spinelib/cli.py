@@ -81,7 +81,8 @@ def _add_predict(commands) -> None:
         commands,
         "predict",
         "predict a 3D spine from one DXA scan, two radiographs or a CT, or segment the vertebrae of a CT",
-        "spinelib predict scan.dcm -o out/\n  spinelib predict --segment ct.nii.gz -o out/",
+        "spinelib predict scan.dcm -o out/\n  spinelib predict --segment ct.nii.gz -o out/\n"
+        "  spinelib predict --ap ap.png --lat lat.png --centroids points.csv --spacing 0.2 0.2 -o out/",
         _predict,
     )
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="a DXA image, or two radiographs: DICOM, PNG, NIfTI")
@@ -89,6 +90,15 @@ def _add_predict(commands) -> None:
     parser.add_argument(
         "--segment", metavar="CT", help="segment and name the vertebrae of a CT (NIfTI or DICOM folder)"
     )
+    parser.add_argument("--ap", metavar="IMAGE", help="frontal radiograph (patient's right on the left); needs --lat")
+    parser.add_argument("--lat", metavar="IMAGE", help="lateral radiograph (anterior on the left)")
+    parser.add_argument(
+        "--centroids",
+        metavar="POINTS",
+        help="body centres on both: CSV with level,view,row,col (view: ap, lat) or JSON",
+    )
+    parser.add_argument("--source-detector", type=float, default=1800.0, metavar="MM", help="of both radiographs")
+    parser.add_argument("--source-object", type=float, default=1500.0, metavar="MM", help="source to patient's middle")
     parser.add_argument("-o", "--output", metavar="OUT", default="prediction", help="folder for the results")
     parser.add_argument(
         "--spacing",
@@ -136,6 +146,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    if arguments.ap or arguments.lat or arguments.centroids:
+        from spinelib.radiographs import radiographs_command
+
+        return radiographs_command(arguments)
     if arguments.segment:
         from spinelib.segment import segment_command
 
@@ -150,6 +164,10 @@ def _train(words: list[str]) -> int:
         from spinelib.vertebra_training import main as train_vertebrae
 
         return train_vertebrae(words[1:])
+    if words[:1] == ["transvert"]:
+        from spinelib.radiograph_training import main as train_transvert
+
+        return train_transvert(words[1:])
     from spinelib.curve_training import main as train
 
     return train(words) or 0

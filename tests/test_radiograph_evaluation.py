@@ -1,0 +1,236 @@
+"""Scores from two radiographs: analytic masks, baselines in their place, triangulation against naive stacking."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import trimesh
+from drawn_pairs import BODIES_MM, BOXES_MM, drawn_ct
+
+from spinelib import radiograph_evaluation as evaluation
+from spinelib.errors import InputError
+from spinelib.imaging.radiograph_pairs import CUBE, CUBE_MM, LABELS, make_pair
+from spinelib.spine import Spine
+
+BODY = np.zeros((CUBE,) * 3, bool)
+BODY[:, 32:] = True
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return make_pair(drawn_ct())
+
+
+@pytest.fixture(scope="module")
+def truth(subject):
+    return evaluation.true_masks(subject)
+
+
+@pytest.fixture(scope="module")
+def scores(subject):
+    methods = {
+        "baseline_mean_shape": evaluation.mean_shape_method([subject]),
+        "baseline_adjacent": evaluation.adjacent_method,
+        "baseline_dilated": evaluation.dilated_method,
+        "ceiling": evaluation.ceiling_method,
+    }
+    return evaluation.evaluate_subjects(methods, [subject, replace(subject, key="again")])
+
+
+def box(size, shift=(0, 0, 0)):
+    mask = np.zeros((CUBE,) * 3, bool)
+    low = np.add(CUBE // 2 - size // 2, shift)
+    mask[tuple(slice(a, a + size) for a in low)] = True
+    return mask
+
+
+class Knows(torch.nn.Module):
+    """Answers with the target, shifted by voxels, and one level further down."""
+
+    def __init__(self, shift=0):
+        super().__init__()
+        self.shift, self.weight = shift, torch.nn.Parameter(torch.zeros(1))
+
+    def predict(self, batch):
+        return torch.roll(batch["target"][:, 0].float() * 0.7, self.shift, 3), batch["level"] + (self.shift > 0)
+
+
+# --- one vertebra ---
+
+
+def test_equal_masks_are_perfect():
+    found = evaluation.score_vertebra(box(20), box(20), BODY)
+    assert [found[name] for name in ("dice", "nsd", "body_dice", "process_dice")] == [1, 1, 1, 1]
+    assert [found[name] for name in ("hd_mm", "hd95_mm", "asd_mm")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_shifted_cube_has_the_known_scores(steps):
+    found = evaluation.score_vertebra(box(20, (steps, 0, 0)), box(20), BODY)
+    assert found["dice"] == pytest.approx(1 - steps / 20)
+    assert found["body_dice"] == found["process_dice"] == pytest.approx(1 - steps / 20)
+    assert found["hd_mm"] == pytest.approx(steps * CUBE_MM)
+    assert (found["nsd"] == 1) == (steps == 1)  # one voxel is the tolerance
+
+
+def test_nothing_predicted_is_no_distance():
+    found = evaluation.score_vertebra(np.zeros_like(BODY), box(20), BODY)
+    assert found["dice"] == found["nsd"] == found["body_dice"] == 0
+    assert np.isnan([found["hd_mm"], found["hd95_mm"], found["asd_mm"]]).all()
+    assert np.isnan(evaluation.score_vertebra(box(8), box(8), np.ones_like(BODY))["process_dice"])
+
+
+def test_the_body_region_holds_the_body_and_not_the_spinous_process(subject, truth):
+    for number, label in enumerate(subject.labels):
+        region = evaluation.body_region(subject, number)
+        body_mm3 = np.prod(BOXES_MM[label][0][1])
+        assert 0.75 * body_mm3 < (truth[number] & region).sum() * CUBE_MM**3 < 1.05 * body_mm3  # corners are rounded
+        assert not (truth[number] & region)[:, : CUBE // 2 - 8].any()
+
+
+# --- methods ---
+
+
+def test_baselines_come_in_their_order(scores):
+    mean = scores.groupby("method")["dice"].mean()
+    assert mean["baseline_mean_shape"] == 1  # of the person itself
+    assert mean["baseline_adjacent"] < mean["baseline_dilated"] < 0.95
+    assert mean["ceiling"] > 0.98
+    np.testing.assert_allclose(scores.loc[scores["method"] == "baseline_dilated", "hd_mm"], CUBE_MM * 2**0.5)
+    assert scores["level"].unique().tolist() == ["L1", "L2"]
+    assert scores["level_accuracy"].isna().all()
+
+
+def test_the_mean_shape_is_the_level_s_majority(subject, truth):
+    larger = make_pair(drawn_ct("larger"))
+    lone = evaluation.mean_shape_method([subject, larger])(subject)[0]
+    np.testing.assert_array_equal(lone, truth)
+    first = replace(subject, labels=(19, 21))
+    other = evaluation.mean_shape_method([subject])(first)[0]
+    np.testing.assert_array_equal(other[0], truth.mean(axis=0) >= 0.5)
+
+
+def test_the_adjacent_vertebra_is_the_next_one_below(subject, truth):
+    predicted, _, levels = evaluation.adjacent_method(subject)
+    np.testing.assert_array_equal(predicted, truth[::-1])
+    assert levels is None
+
+
+@pytest.mark.parametrize("click_mm", [0.0, 4.0])
+def test_a_network_is_scored_on_its_own_cubes(subject, truth, click_mm):
+    predicted, targets, levels = evaluation.network_method(Knows(), click_mm=click_mm)(subject)
+    np.testing.assert_array_equal(predicted, targets)
+    assert (targets == truth).all() == (click_mm == 0)
+    assert [LABELS[level] for level in levels] == [20, 21]
+
+
+def test_wrong_levels_count_apart_from_shapes(subject):
+    scores = evaluation.evaluate_subjects({"right": evaluation.network_method(Knows())}, [subject])
+    wrong = evaluation.evaluate_subjects({"wrong": evaluation.network_method(Knows(1))}, [subject])
+    assert scores["level_accuracy"].tolist() == [1, 1]
+    assert wrong["level_accuracy"].tolist() == [0, 0]
+    assert (wrong["dice"] > 0.8).all()
+    with pytest.raises(InputError, match="no subject"):
+        evaluation.evaluate_subjects({}, [])
+
+
+# --- the spine ---
+
+
+def test_triangulation_is_exact_and_naive_stacking_grows(subject):
+    tall = replace(
+        subject,
+        labels=(8, 14, 20),
+        bodies_mm=np.mean(list(BODIES_MM.values()), axis=0) + [[30, 0, 240], [30, 0, 120], [30, 0, 0]],
+    )
+    errors = evaluation.centre_errors(tall)
+    assert errors["triangulated_mm"].max() < 1e-9
+    assert errors["naive_mm"].is_monotonic_decreasing
+    assert errors["naive_mm"][0] == pytest.approx(abs(240 * 30 / 1500), rel=0.35)
+    np.testing.assert_allclose(np.diff(errors["height_mm"]), -120)
+    noisy = evaluation.centre_errors(tall, noise_mm=2.0, seed=1)
+    assert 0.5 < noisy["triangulated_mm"].mean() < 6
+    assert noisy.equals(evaluation.centre_errors(tall, noise_mm=2.0, seed=1))
+
+
+def test_angles_of_the_truth_have_no_error(subject, truth):
+    found = evaluation.angle_errors(subject, truth)
+    assert found["n"] == 2
+    assert found["cobb_deg"] == found["avr_deg"] == 0
+    assert np.isnan(found["kyphosis_deg"])
+    half = truth.copy()
+    half[0] = False
+    assert evaluation.angle_errors(subject, half)["n"] == 1
+    nothing = evaluation.angle_errors(subject, np.zeros_like(truth))
+    assert nothing["n"] == 0
+    assert np.isnan(nothing["cobb_deg"])
+
+
+def test_known_frames_are_the_truth(subject, truth):
+    straight = replace(subject, frames=np.tile(np.eye(3), (2, 1, 1)))
+    turned = np.stack([np.eye(3), np.array([[0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1.0]])])
+    plain = evaluation.angle_errors(straight, truth)["avr_deg"]
+    askew = evaluation.angle_errors(replace(subject, frames=turned), truth)["avr_deg"]
+    assert askew - plain == pytest.approx(np.degrees(np.arctan2(0.6, 0.8)) / 2, abs=2 * plain)
+
+
+def test_surface_distances_of_spheres():
+    spheres = [trimesh.creation.icosphere(4, radius) for radius in (20, 22)]
+    inner, outer = (Spine(("L1",), np.eye(4)[None], (sphere,)) for sphere in spheres)
+    np.testing.assert_allclose(evaluation.surface_distances(inner, outer)["L1"], 2, atol=0.01)
+    other = Spine(("L2",), np.eye(4)[None], (spheres[0],))
+    assert evaluation.surface_distances(inner, other) == {}
+
+
+# --- tables ---
+
+
+def test_rows_have_intervals_over_subjects():
+    scores = pd.DataFrame(
+        {"method": "ours", "subject": ["a", "a", "b", "c"], "dice": [0.8, 1.0, 0.7, 0.8], "hd_mm": [2, np.nan, 4, 6]}
+        | dict.fromkeys(("hd95_mm", "asd_mm", "nsd", "body_dice", "process_dice"), 1.0)
+        | {"level_accuracy": [1.0, 0.0, 1.0, 1.0]}
+    )
+    (row,) = evaluation.table_rows(scores).to_dict("records")
+    assert row["dice"] == pytest.approx((0.9 + 0.7 + 0.8) / 3)
+    assert 0.699 <= row["dice_low"] < row["dice"] < row["dice_high"] <= 0.901
+    assert (row["subjects"], row["vertebrae"], row["empty"], row["kind"]) == (3, 4, 1, "ours")
+    assert row["hd_mm"] == pytest.approx(4)
+    numbers = evaluation.headline_numbers(pd.DataFrame([row]))
+    assert numbers == {
+        "transvert.ours.dice.mean": pytest.approx(0.8),
+        "transvert.ours.hd_mm.mean": pytest.approx(4),
+        "transvert.ours.asd_mm.mean": 1,
+        "transvert.ours.level_accuracy": pytest.approx(2.5 / 3),
+    }
+
+
+def test_what_is_unknown_is_no_headline(scores):
+    rows = evaluation.table_rows(scores)
+    assert set(rows["kind"]) == {"baseline"}
+    numbers = evaluation.headline_numbers(rows)
+    assert numbers["transvert.baseline_mean_shape.dice.mean"] == 1
+    assert not any(name.endswith("level_accuracy") for name in numbers)
+    assert all(np.isfinite(list(numbers.values())))
+
+
+def test_published_rows_are_marked():
+    rows = evaluation.published_rows()
+    assert set(rows["kind"]) == {"published"}
+    assert rows["source"].notna().all()
+    assert rows.set_index("method")["dice"]["attention_adv"] == 0.9552
+    assert rows["dice"].between(0.5, 1).all()
+    assert set(rows["method"]) - {"benchmark", "whole_spine"} <= set(evaluation.NAMES)
+
+
+def test_numbers_of_spines():
+    centres = pd.DataFrame({"naive_mm": [1.0, 3.0], "triangulated_mm": [0.0, 0.2]})
+    angles = pd.DataFrame({"cobb_deg": [1.0, 2.0], "avr_deg": [3.0, np.nan]})
+    assert evaluation.spine_numbers(centres, angles) == {
+        "spine.stack_naive_mm": 2,
+        "spine.stack_triangulated_mm": 0.1,
+        "spine.cobb_mae_deg": 1.5,
+        "spine.avr_mae_deg": 3,
+    }

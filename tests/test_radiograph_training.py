@@ -1,0 +1,68 @@
+"""Training of the biplanar networks, from Python and from the command line."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from drawn_ellipsoids import Ellipsoids
+from drawn_spines import block_spine
+
+from spinelib.errors import InputError
+from spinelib.imaging.verse import write_labelled_ct
+from spinelib.models.biplanar import load_variant, read_card
+from spinelib.radiograph_training import DrawnParts, main, train_variant
+from spinelib.train import TrainConfig
+
+
+def test_training_lowers_the_loss_and_repeats_itself(tmp_path):
+    items = Ellipsoids(1)
+    config = TrainConfig(epochs=2, batch_size=1, learning_rate=2e-3)
+    network = train_variant("sagittal_only", items, items, config, tmp_path / "a")
+    assert not network.training
+    log = pd.read_csv(tmp_path / "a" / "log.csv")
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+    again = train_variant("sagittal_only", items, items, config, tmp_path / "b")
+    for (name, value), other in zip(network.state_dict().items(), again.state_dict().values(), strict=True):
+        assert np.array_equal(value, other), name
+
+
+def test_each_epoch_draws_other_parts():
+    drawn = DrawnParts(Ellipsoids(9), 4, seed=1)
+    first = drawn.places.tolist()
+    assert len(drawn) == 4 == len(set(first))
+    drawn.set_epoch(1)
+    assert drawn.places.tolist() != first
+    assert drawn.whole.epoch == 1
+    drawn.set_epoch(0)
+    assert drawn.places.tolist() == first
+    assert len(DrawnParts(Ellipsoids(2), 50)) == 2
+
+
+def test_unknown_variant(tmp_path):
+    with pytest.raises(InputError, match="unknown variant"):
+        train_variant("unet", Ellipsoids(1), Ellipsoids(1), TrainConfig(epochs=1), tmp_path)
+
+
+@pytest.mark.parametrize("words", [[], ["folder", "--render", "2"]])
+def test_one_source(tmp_path, words):
+    with pytest.raises(InputError, match="either a folder in VerSe layout or --render"):
+        main([*words, "-o", str(tmp_path)])
+
+
+def test_training_from_the_command_line(tmp_path, capsys):
+    for split, key in (("training", "a"), ("validation", "b")):
+        write_labelled_ct(tmp_path / "verse", replace(block_spine((18, 19)), key=key), split, "PIR")
+    words = [str(tmp_path / "verse"), "--variant", "ours", "--annotation", "b2v", "--epochs", "1"]
+    words += ["--parts", "1", "--workers", "0", "--n-jobs", "1", "--cache", str(tmp_path / "cache")]
+    out = tmp_path / "out"
+    assert main([*words, "-o", str(out)]) == 0
+    assert "weights.safetensors: 1 subjects" in capsys.readouterr().out
+    card = json.loads((out / "weights.json").read_text())
+    assert card["subjects"] == {"train": 1, "validation": 1, "source": str(tmp_path / "verse")}
+    assert (card["variant"], card["annotation"]) == ("ours", "b2v")
+    assert card["command"].startswith("spinelib train transvert")
+    assert read_card(out / "weights.safetensors") == {key: value for key, value in card.items() if key != "sha256"}
+    assert not load_variant("ours", out / "weights.safetensors").training
+    assert np.isfinite(pd.read_csv(out / "log.csv")["train_loss"]).all()
