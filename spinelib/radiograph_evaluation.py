@@ -132,19 +132,21 @@ def true_masks(subject: BiplanarSubject) -> Masks:
     return np.stack([subject.masks.cut(number, (0, 0, 0), CUBE) for number in range(len(subject.labels))])
 
 
-def network_method(network: nn.Module, annotation: str = "c2v", click_mm: float = 0.0, seed: int = 0) -> Method:
+def network_method(
+    network: nn.Module, annotation: str = "c2v", click_mm: float = 0.0, crop_mm: float = 0.0, seed: int = 0
+) -> Method:
     """Return a network as a method.
 
     Parameters
     ----------
     network : Module
         With `predict(batch) -> (mask share, level index)`, see `models.biplanar`.
-    annotation, click_mm, seed
+    annotation, click_mm, crop_mm, seed
         See `models.biplanar_data.BiplanarDataset`; the clicks are as far off as `click_mm` says.
     """
 
     def method(subject):
-        dataset = BiplanarDataset([subject], annotation, seed=seed, click_mm=click_mm)
+        dataset = BiplanarDataset([subject], annotation, seed=seed, click_mm=click_mm, crop_mm=crop_mm)
         shares, levels, targets = [], [], []
         network.eval()
         device = next(network.parameters()).device
