@@ -48,7 +48,8 @@ def test_predict_lines_parse():
     lines = [
         re.sub(r"\s+#.*", "", line) for line in re.findall(r"^    (spinelib predict .*)", TEXT, flags=re.MULTILINE)
     ]
-    assert len(lines) == 4
+    assert len(lines) == 5
     parsed = [_parser().parse_args(shlex.split(line)[1:]) for line in lines]
     assert parsed[1].spacing == [3.0, 2.4]
     assert parsed[2].ct == "abdomen.nii.gz"
+    assert (parsed[4].ap, parsed[4].lat, parsed[4].centroids) == ("a.png", "l.png", "points.csv")
