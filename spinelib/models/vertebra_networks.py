@@ -20,7 +20,7 @@ OUTLINER = (16, 32, 64, 128)
 """Channels of the network that outlines one vertebra after another."""
 
 VOTER, STUDENT = (24, 48, 96, 160), (12, 24, 36, 60)
-"""Channels of the voting network: shipped, and a student with a seventh of the weights that it can teach."""
+"""Channels of the voting network: shipped, and a student with a sixth of the weights that it can teach."""
 
 VOTE_VOXELS = 10.0
 """Voxels that one unit of a vote stands for."""
