@@ -7,6 +7,9 @@ LUMBAR = tuple(f"L{i}" for i in range(1, 6))
 VERTEBRAE = CERVICAL + THORACIC + LUMBAR
 """The 24 regular presacral levels, cranial to caudal."""
 
+T1_TO_L5 = THORACIC + LUMBAR
+"""T1 to L5, the 17 levels of a standing spine in radiographs."""
+
 VERSE_LABELS = {level: i + 1 for i, level in enumerate(VERTEBRAE)} | {"L6": 25, "S1": 26, "Co": 27, "T13": 28}
 """Label numbers of the VerSe challenge (Sekuboyina 2021): C1-C7 1-7, T1-T12 8-19, L1-L5 20-24, L6 25, T13 28."""
 

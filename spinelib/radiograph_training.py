@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from spinelib.errors import InputError
+from spinelib.imaging.radiograph_pairs import BiplanarSubject
 from spinelib.models.biplanar import VARIANTS, new_variant, save_variants
-from spinelib.models.biplanar_data import ANNOTATIONS, BiplanarDataset, BiplanarSubject
+from spinelib.models.biplanar_data import ANNOTATIONS, BiplanarDataset
 from spinelib.radiograph_cohort import cache_biplanar_cohort, render_biplanar_cohort
 from spinelib.record import file_sha256
 from spinelib.train import TrainConfig, fit

@@ -5,8 +5,6 @@ middles of the two images. Pixels are counted as in `spinelib.imaging.point_pair
 """
 
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +22,14 @@ from spinelib.errors import InputError
 from spinelib.figures import use_house_style
 from spinelib.geometry import Projection
 from spinelib.imaging.cone_beam import ConeBeam, triangulate
-from spinelib.imaging.point_pairs import LEVELS, PointPairs, read_point_pairs, require_inside, view_doubts
-from spinelib.imaging.radiograph_pairs import PATCH, PIXEL_MM, cube_affine, cut_out, patch_corner
+from spinelib.imaging.point_pairs import PointPairs, read_point_pairs, require_inside, view_doubts
+from spinelib.imaging.radiograph_pairs import PATCH, PIXEL_MM, VIEWS, cube_affine, cut_out, patch_corner
 from spinelib.imaging.readers import read_projection, write_volume
-from spinelib.levels import COLOURS
+from spinelib.levels import COLOURS, T1_TO_L5
 from spinelib.models.biplanar import load_variant, read_card
 from spinelib.models.biplanar_data import cube_to_patch, disc, normalised
 from spinelib.radiograph_figures import radiograph_pair
-from spinelib.report import page, result_folder
+from spinelib.report import page, result_folder, written_together
 from spinelib.spine import Spine
 from spinelib.stacking import FOREGROUND, PredictedVertebra, Stack, stack
 from spinelib.vertebra_figures import vertebrae_3d
@@ -56,7 +54,6 @@ GAP_FLAG_MM, GAP_REFUSED_MM = 6.0, 15.0
 OVERLAP_FLAG_MM3 = 1000.0
 """Volume that two neighbours both claim; true ones, sampled at 1 mm, reach 600 where their facets meet."""
 
-_NAMES = ("frontal", "lateral")
 _OPTIONS = ("--ap", "--lat")
 _SQUARE, _SAME_HEIGHT = 0.01, 0.01
 _OUTSIDE_SHARE = 0.05  # of a patch
@@ -109,7 +106,7 @@ def radiographs_command(args) -> int:
     about = {
         "source": f"radiographs {Path(args.ap).name} and {Path(args.lat).name}, points {Path(args.centroids).name}",
         "seconds": round(perf_counter() - start, 2),
-        "beams": dict(zip(_NAMES, (beam.to_dict() for beam in beams), strict=True)),
+        "beams": dict(zip(VIEWS, (beam.to_dict() for beam in beams), strict=True)),
         "weights": read_card(args.weights),
     }
     write_standing_spine(result, values, beams, out, about)
@@ -208,7 +205,7 @@ def quality_flags(table: pd.DataFrame, contacts: pd.DataFrame) -> list[str]:
     lost = table.loc[table["volume_cm3"].isna(), "level"]
     if len(lost):
         flags.append(f"nothing was found at {', '.join(lost)}")
-    steps = table["network_level"].map(LEVELS.index) - table["level"].map(LEVELS.index)
+    steps = table["network_level"].map(T1_TO_L5.index) - table["level"].map(T1_TO_L5.index)
     if (steps != 0).mean() > 0.5:
         flags.append(
             f"the network takes {int((steps != 0).sum())} of {len(steps)} vertebrae for another level, by "
@@ -239,16 +236,8 @@ def write_standing_spine(result: StandingSpine, images, beams, out: Path, about:
         If the folder cannot be written.
     """
     use_house_style()
-    try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".writing_") as folder:
-            _write_files(Path(folder), result, images, beams, about)
-            for name in FILES:
-                if (out / name).is_dir():
-                    shutil.rmtree(out / name)
-                (Path(folder) / name).replace(out / name)
-    except OSError as error:
-        message = f"cannot write to {out} ({error}). Free some space or choose another folder with -o."
-        raise InputError(message) from error
+    with written_together(out, FILES) as folder:
+        _write_files(folder, result, images, beams, about)
 
 
 # --- predicting ---
@@ -275,14 +264,14 @@ def _predicted(network, views, centres) -> tuple[np.ndarray, list[str]]:
         some = items[start : start + _AT_ONCE]
         share, level = network.predict({key: torch.stack([item[key] for item in some]) for key in some[0]})
         shares.append(share.numpy())
-        levels += [LEVELS[index] for index in level.tolist()]
+        levels += [T1_TO_L5[index] for index in level.tolist()]
     return np.concatenate(shares), levels
 
 
 def _item(views, centre) -> dict[str, torch.Tensor]:
     """Return the input of a vertebra, as `models.biplanar_data.BiplanarDataset` makes it."""
     item = {}
-    for name, (values, beam) in zip(_NAMES, views, strict=True):
+    for name, (values, beam) in zip(VIEWS, views, strict=True):
         corner = patch_corner(beam, centre)
         patch = normalised(cut_out(values, corner, PATCH))
         item[name] = np.stack([patch, disc(beam.project(centre) - corner)])
@@ -293,7 +282,7 @@ def _item(views, centre) -> dict[str, torch.Tensor]:
 def _beyond(beams, levels, centres) -> list[str]:
     """Return flags for vertebrae whose patches reach beyond an image."""
     flags = []
-    for name, beam in zip(_NAMES, beams, strict=True):
+    for name, beam in zip(VIEWS, beams, strict=True):
         corners = [patch_corner(beam, centre) for centre in centres]
         seen = [
             np.prod(np.clip(np.minimum(corner + PATCH, beam.shape) - np.maximum(corner, 0), 0, None))

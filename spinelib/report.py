@@ -8,8 +8,11 @@ import base64
 import json
 import math
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +229,27 @@ def result_folder(output: str | Path, files: Sequence[str], force: bool = False)
         message = f"cannot write to {out} ({error}). Choose another folder with -o."
         raise InputError(message) from error
     return out
+
+
+@contextmanager
+def written_together(out: Path, files: Sequence[str]) -> Iterator[Path]:
+    """Give a folder to write `files` into; they move to `out` together once all are made, and replace what is there.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".writing_") as folder:
+            yield Path(folder)
+            for name in files:
+                if (out / name).is_dir():
+                    shutil.rmtree(out / name)
+                (Path(folder) / name).replace(out / name)
+    except OSError as error:
+        message = f"cannot write to {out} ({error}). Free some space or choose another folder with -o."
+        raise InputError(message) from error
 
 
 def _render(template: str, **content: Any) -> str:

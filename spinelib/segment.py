@@ -1,9 +1,7 @@
 """`spinelib predict --segment`: one CT in, its vertebrae out: mask, centroids, table, meshes, picture, offline page."""
 
 import json
-import shutil
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +18,7 @@ from spinelib.imaging.surfaces import vertebra_meshes
 from spinelib.imaging.verse import write_centroids
 from spinelib.levels import COLOURS, LEVEL_OF_LABEL, region
 from spinelib.models.vertebrae import Segmentation, VertebraSegmenter
-from spinelib.report import page, result_folder
+from spinelib.report import page, result_folder, written_together
 from spinelib.spine import Spine
 from spinelib.vertebra_figures import segmentation_panels, vertebrae_3d
 
@@ -140,16 +138,8 @@ def write_segmentation(ct: Volume, header, found: Segmentation, out: Path, sourc
     use_house_style()
     table = vertebra_table(found)
     flags = [*found.flags, *quality_flags(table, ct.spacing_mm)]
-    try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".writing_") as folder:
-            _write_files(Path(folder), ct, header, found, table, flags, source, seconds)
-            for name in FILES:
-                if (out / name).is_dir():
-                    shutil.rmtree(out / name)
-                (Path(folder) / name).replace(out / name)
-    except OSError as error:
-        message = f"cannot write to {out} ({error}). Free some space or choose another folder with -o."
-        raise InputError(message) from error
+    with written_together(out, FILES) as folder:
+        _write_files(folder, ct, header, found, table, flags, source, seconds)
     return flags
 
 

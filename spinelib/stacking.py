@@ -34,14 +34,11 @@ from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.labels import curves_from_labels
 from spinelib.imaging.radiograph_pairs import BEHIND_MM, CUBE_MM, cube_affine
 from spinelib.imaging.surfaces import vertebra_meshes
-from spinelib.levels import LUMBAR, THORACIC, VERSE_LABELS
+from spinelib.levels import T1_TO_L5, VERSE_LABELS
 from spinelib.phantom.population import sample_subject
 from spinelib.phantom.scoliosis import body_rotation_deg
 from spinelib.phantom.vertebra import vertebra_mesh, vertebra_sdf, vertebra_shapes
 from spinelib.spine import Curves, Spine
-
-LEVELS = (*THORACIC, *LUMBAR)
-"""T1 to L5, cranial to caudal."""
 
 GRID_MM = 1.0
 """Voxels of the joint grid. Surfaces of true shapes that pass through it are 0.2 mm off on average."""
@@ -134,7 +131,7 @@ def stack(vertebrae: Sequence[PredictedVertebra], source: str = "") -> Stack:
         raise InputError(message)
     poses = np.stack([vertebral_pose(v) for v in ordered])
     curves, angles = _curves(labels, levels), vertebral_angles(levels, poses)
-    if curves is not None and levels == LEVELS:
+    if curves is not None and levels == T1_TO_L5:
         angles |= all_angles(curves)
     spine = Spine(levels, poses, tuple(meshes[level] for level in levels), curves, None, angles, source)
     return Stack(spine, labels, _contacts(meshes, overlaps))
@@ -225,14 +222,16 @@ def vertebral_angles(levels: Sequence[str], poses: Float[np.ndarray, "n 4 4"]) -
 def _checked(vertebrae) -> list[PredictedVertebra]:
     """Return the vertebrae cranial to caudal."""
     levels = [v.level for v in vertebrae]
-    if not levels or not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
-        message = f"expected different levels from {LEVELS[0]} to {LEVELS[-1]}, given: {', '.join(levels) or 'none'}."
+    if not levels or not set(levels) <= set(T1_TO_L5) or len(set(levels)) < len(levels):
+        message = (
+            f"expected different levels from {T1_TO_L5[0]} to {T1_TO_L5[-1]}, given: {', '.join(levels) or 'none'}."
+        )
         raise InputError(message)
     empty = [v.level for v in vertebrae if not (v.probability >= FOREGROUND).any()]
     if empty:
         message = f"no voxel of {', '.join(empty)} reaches a probability of {FOREGROUND}: there is no shape to place."
         raise InputError(message)
-    return sorted(vertebrae, key=lambda v: LEVELS.index(v.level))
+    return sorted(vertebrae, key=lambda v: T1_TO_L5.index(v.level))
 
 
 def _sampled(vertebra, grid) -> tuple[tuple[slice, ...], np.ndarray]:
@@ -276,7 +275,7 @@ def _curves(labels, levels) -> Curves | None:
 def _template(level: str) -> tuple[np.ndarray, np.ndarray]:
     """Return points (n, 3) on the symmetric mean vertebra of a level, in its body frame, and their weights (n,)."""
     sizes = _typical_sizes()
-    shape = vertebra_shapes((level,), {name: values[[LEVELS.index(level)]] for name, values in sizes.items()}, 0)[0]
+    shape = vertebra_shapes((level,), {name: values[[T1_TO_L5.index(level)]] for name, values in sizes.items()}, 0)[0]
     half, _ = trimesh.sample.sample_surface(vertebra_mesh(shape, _TEMPLATE_MM), _TEMPLATE_POINTS, seed=0)
     to_body = vertebra_sdf(shape, torch.from_numpy(half.astype(np.float32)))[0].numpy()
     weights = np.where(to_body < _BODY_SKIN_MM, _BODY_WEIGHT, 1.0)
@@ -287,7 +286,7 @@ def _template(level: str) -> tuple[np.ndarray, np.ndarray]:
 def _typical_sizes() -> dict[str, np.ndarray]:
     """Return the mean dimensions of the levels over a few people."""
     people = [sample_subject(seed, variants=False) for seed in range(_TYPICAL_PEOPLE)]
-    rows = [people[0].index(level) for level in LEVELS]
+    rows = [people[0].index(level) for level in T1_TO_L5]
     return {name: np.mean([person.dims[name][rows] for person in people], axis=0) for name in people[0].dims}
 
 

@@ -37,7 +37,7 @@ def train_finder(
     train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
 ) -> SpineFinder:
     """Train the heat map of the spine on `config.epochs` passes of random parts."""
-    return _fitted(SpineFinder(), _coarse_sets(SpineDataset, train, validation, config, parts), config, folder, workers)
+    return _fitted(SpineFinder, _coarse_sets(SpineDataset, train, validation, config, parts), config, folder, workers)
 
 
 def train_voter(
@@ -51,11 +51,10 @@ def train_voter(
     workers: int = 0,
 ) -> VoteUNet:
     """Train the network whose voxels vote for the centre of their vertebra, from scratch or taught by another one."""
-    torch.manual_seed(config.seed)
-    net = VoteUNet(channels)
     sets = [VoteDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
-    _fitted(net if teacher is None else DistilledUNet(net, teacher), sets, config, folder, workers)
-    return net.eval()
+    if teacher is None:
+        return _fitted(lambda: VoteUNet(channels), sets, config, folder, workers)
+    return _fitted(lambda: DistilledUNet(VoteUNet(channels), teacher), sets, config, folder, workers).student
 
 
 def train_outliner(
@@ -68,14 +67,14 @@ def train_outliner(
 ) -> VertebraUNet:
     """Train the network that outlines the next vertebra."""
     sets = [OutlineDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
-    return _fitted(VertebraUNet(), sets, config, folder, workers)
+    return _fitted(VertebraUNet, sets, config, folder, workers)
 
 
 def train_namer(
     train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
 ) -> LevelNet:
     """Train the network that names levels and tells complete from cut vertebrae."""
-    return _fitted(LevelNet(), _coarse_sets(LevelDataset, train, validation, config, parts), config, folder, workers)
+    return _fitted(LevelNet, _coarse_sets(LevelDataset, train, validation, config, parts), config, folder, workers)
 
 
 def train_segmenter(
@@ -178,8 +177,10 @@ def _coarse_sets(kind, train, validation, config, parts):
     ]
 
 
-def _fitted(model, sets, config, folder, workers):
+def _fitted(make, sets, config, folder, workers):
+    """Return a network that `make` builds after the seed is set, trained."""
     torch.manual_seed(config.seed)
+    model = make()
     fit(model, *sets, config, folder, workers=workers)
     return model.eval()
 

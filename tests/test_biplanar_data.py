@@ -9,19 +9,15 @@ from drawn_pairs import drawn_ct
 from torch.utils.data import DataLoader
 
 from spinelib.errors import InputError
-from spinelib.imaging.radiograph_pairs import make_pair
+from spinelib.imaging.radiograph_pairs import CUBE, CUBE_MM, PATCH, VIEWS, make_pair
 from spinelib.models.biplanar_data import (
     ANNOTATIONS,
-    CUBE,
-    CUBE_MM,
-    PATCH,
     BiplanarDataset,
     cross_validation,
     disc,
     normalised,
 )
 
-VIEWS = ("frontal", "lateral")
 MIDDLE = np.array([31.5, 39.5, 31.5, 1.0])  # voxel index of the body centre, 12 mm before the cube's middle
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from spinelib.errors import InputError
 from spinelib.imaging.cone_beam import ConeBeam, triangulate
-from spinelib.imaging.point_pairs import LEVELS, PointPairs, read_point_pairs, require_inside, view_doubts
-from spinelib.levels import VERSE_LABELS
+from spinelib.imaging.point_pairs import PointPairs, read_point_pairs, require_inside, view_doubts
+from spinelib.levels import T1_TO_L5, VERSE_LABELS
 from spinelib.phantom.population import sample_subject
 
 BEAMS = (ConeBeam.frontal((0, 0, 0), (900, 400), 1.0), ConeBeam.lateral((0, 0, 0), (900, 500), 1.0))
@@ -24,7 +24,7 @@ def written(path, rows=ROWS, columns=("level", "view", "row", "col")):
     return path
 
 
-def points_of(seed, noise_px=0.0, levels=LEVELS):
+def points_of(seed, noise_px=0.0, levels=T1_TO_L5):
     """Points of a standing person, off the central ray by a few centimetres."""
     subject = sample_subject(seed, age_years=30 + seed % 50, posture="standing", curves="enriched", variants=False)
     centres = np.array([subject.poses[subject.index(level), :3, 3] for level in levels])
@@ -52,13 +52,13 @@ def test_a_table_and_a_json_say_the_same(tmp_path):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sets(st.sampled_from(LEVELS), min_size=1), st.randoms())
+@given(st.sets(st.sampled_from(T1_TO_L5), min_size=1), st.randoms())
 def test_the_order_of_rows_does_not_matter(levels, random):
     rows = [(level, view, float(VERSE_LABELS[level]), 1.0) for level in levels for view in ("ap", "lat")]
     random.shuffle(rows)
     with TemporaryDirectory() as folder:
         pairs = read_point_pairs(written(f"{folder}/points.csv", rows))
-    assert pairs.levels == tuple(level for level in LEVELS if level in levels)
+    assert pairs.levels == tuple(level for level in T1_TO_L5 if level in levels)
     assert (pairs.points_rc[:, :, 0] == [VERSE_LABELS[level] for level in pairs.levels]).all()
 
 
@@ -105,37 +105,37 @@ def test_points_outside_the_images_are_refused():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_views_as_they_should_be_raise_no_doubt(seed):
-    assert view_doubts(LEVELS, BEAMS, points_of(seed, noise_px=2.0)) == []
+    assert view_doubts(T1_TO_L5, BEAMS, points_of(seed, noise_px=2.0)) == []
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_flipped_lateral_view_is_noticed(seed):
     points = points_of(seed, noise_px=2.0)
     points[1, :, 1] = 499 - points[1, :, 1]
-    assert any("bulges forwards" in doubt for doubt in view_doubts(LEVELS, BEAMS, points))
+    assert any("bulges forwards" in doubt for doubt in view_doubts(T1_TO_L5, BEAMS, points))
 
 
 def test_a_flipped_frontal_view_is_noticed_if_points_are_exact():
     points = points_of(0)
     points[0, :, 1] = 399 - points[0, :, 1]
-    assert any("frontal view flipped" in doubt for doubt in view_doubts(LEVELS, BEAMS, points))
+    assert any("frontal view flipped" in doubt for doubt in view_doubts(T1_TO_L5, BEAMS, points))
 
 
 def test_swapped_views_of_a_straight_person_are_noticed():
     subject = sample_subject(4, posture="standing", variants=False)
-    centres = np.array([subject.poses[subject.index(level), :3, 3] for level in LEVELS]) - [0, 0, 250]
+    centres = np.array([subject.poses[subject.index(level), :3, 3] for level in T1_TO_L5]) - [0, 0, 250]
     points = np.stack([beam.project(centres) for beam in BEAMS])
-    assert view_doubts(LEVELS, BEAMS, points) == []
+    assert view_doubts(T1_TO_L5, BEAMS, points) == []
     columns = points[::-1, :, 1] + np.array([[200 - 250], [250 - 200]])  # from the middle of one image to the other's
     swapped = np.stack([points[::-1, :, 0], columns], axis=-1)
-    assert any("swapped" in doubt for doubt in view_doubts(LEVELS, BEAMS, swapped))
+    assert any("swapped" in doubt for doubt in view_doubts(T1_TO_L5, BEAMS, swapped))
 
 
 @pytest.mark.parametrize("factor", [0.93, 1.06])
 def test_people_of_different_height_are_noticed(factor):
     points = points_of(1, noise_px=1.0)
     points[0] = (points[0] - [449.5, 199.5]) * factor + [449.5, 199.5]
-    (doubt,) = view_doubts(LEVELS, BEAMS, points)
+    (doubt,) = view_doubts(T1_TO_L5, BEAMS, points)
     assert f"{factor:.2f} times as long" in doubt
     assert triangulate(BEAMS, points)[1].max() > 4
 
@@ -143,4 +143,4 @@ def test_people_of_different_height_are_noticed(factor):
 def test_few_points_raise_no_doubt():
     points = points_of(2)
     points[1, :, 1] = 499 - points[1, :, 1]
-    assert view_doubts(LEVELS[:7], BEAMS, points[:, :7]) == []
+    assert view_doubts(T1_TO_L5[:7], BEAMS, points[:, :7]) == []

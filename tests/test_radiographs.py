@@ -16,10 +16,10 @@ from spinelib import radiographs
 from spinelib.cli import main
 from spinelib.geometry import PlanarGrid, Projection
 from spinelib.imaging.cone_beam import ConeBeam
-from spinelib.imaging.point_pairs import LEVELS, PointPairs
+from spinelib.imaging.point_pairs import PointPairs
 from spinelib.imaging.radiograph_pairs import CUBE, CUBE_MM, make_pair
 from spinelib.imaging.readers import read_volume, write_projection
-from spinelib.levels import LEVEL_OF_LABEL, VERSE_LABELS
+from spinelib.levels import LEVEL_OF_LABEL, T1_TO_L5, VERSE_LABELS
 from spinelib.models.biplanar import save_variants
 from spinelib.models.biplanar_data import BiplanarDataset
 from spinelib.models.lifting import LiftingNet
@@ -45,7 +45,7 @@ class Blocks(torch.nn.Module):
         body = np.all(np.abs(offset) < np.divide(BODY_MM, 2), axis=-1)
         process = np.all(np.abs(offset + [0, 32, 4]) < [4, 20, 6], axis=-1)
         n = len(batch["frontal"])
-        places = [LEVELS.index(level) for level in self.levels[:n]]
+        places = [T1_TO_L5.index(level) for level in self.levels[:n]]
         return torch.from_numpy(np.stack([self.probability * (body | process)] * n)).float(), torch.tensor(places)
 
 

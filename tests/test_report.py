@@ -15,7 +15,7 @@ import pytest
 
 from spinelib.errors import InputError
 from spinelib.offline import SCENES_PER_PAGE, figure_div, notebook_html
-from spinelib.report import Notebook, find_browser, page, run_index
+from spinelib.report import Notebook, find_browser, page, run_index, written_together
 
 REMOTE = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?:https?:)?//", re.IGNORECASE)
 
@@ -221,3 +221,21 @@ def test_names_and_captions_are_checked(tmp_path):
         book.table(pd.DataFrame(), "fine", " ")
     with pytest.raises(InputError, match="expected letters"):
         book.metrics({"a b": 1})
+
+
+def test_files_appear_together_or_not_at_all(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError), written_together(tmp_path, ("a.txt", "b")) as folder:
+        (folder / "a.txt").write_text("new")
+        raise RuntimeError
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+    with written_together(tmp_path, ("a.txt", "b")) as folder:
+        (folder / "a.txt").write_text("new")
+        (folder / "b").mkdir()
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b"]
+
+
+def test_a_file_that_was_not_made_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="cannot write"), written_together(tmp_path, ("never.txt",)):
+        pass

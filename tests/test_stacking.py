@@ -10,10 +10,10 @@ from scipy.spatial.transform import Rotation
 
 from spinelib.errors import InputError
 from spinelib.imaging.radiograph_pairs import BEHIND_MM, CUBE, CUBE_MM, cube_affine
-from spinelib.levels import VERSE_LABELS
+from spinelib.levels import T1_TO_L5, VERSE_LABELS
 from spinelib.phantom.population import sample_subject
 from spinelib.phantom.vertebra import subject_shapes, vertebra_sdf
-from spinelib.stacking import GRID_MM, LEVELS, PredictedVertebra, stack, vertebral_angles, vertebral_pose
+from spinelib.stacking import GRID_MM, PredictedVertebra, stack, vertebral_angles, vertebral_pose
 
 CHOSEN = ("T3", "T8", "T9", "L1", "L2", "L4")
 MIRROR = np.diag([-1.0, 1.0, 1.0])
@@ -183,7 +183,7 @@ def test_the_gap_between_blocks_is_their_distance():
 
 
 def test_a_whole_column_has_curves_and_their_angles():
-    blocks = [block(level, [0, 0, -34.0 * i], (40, 32, 24)) for i, level in enumerate(LEVELS)]
+    blocks = [block(level, [0, 0, -34.0 * i], (40, 32, 24)) for i, level in enumerate(T1_TO_L5)]
     blocks = [replace(b, rotation=np.eye(3)) for b in blocks]
     spine = stack(blocks).spine
     assert np.abs(spine.curves.coronal_mm[1]).max() < 1

@@ -6,13 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from spinelib.cli import main
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.imaging.verse import body_centroids_mm, write_labelled_ct
+from spinelib.models.scan_cache import cache_scan
 from spinelib.models.vertebrae import VertebraSegmenter
 from spinelib.phantom.scan import sample_scan
+from spinelib.train import TrainConfig
 from spinelib.vertebra_evaluation import (
     anatomy,
     ceiling_method,
@@ -25,6 +28,7 @@ from spinelib.vertebra_evaluation import (
     whole_vertebrae,
 )
 from spinelib.vertebra_training import main as train
+from spinelib.vertebra_training import train_finder, train_namer, train_outliner, train_voter
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,16 @@ def test_training_on_a_folder_in_verse_layout_from_the_command_line(tmp_path, sc
     assert "weights.safetensors" in capsys.readouterr().out
     logs = [pd.read_csv(tmp_path / "out" / net / "log.csv") for net in ("finder", "namer", "voter", "outliner")]
     assert all(np.isfinite(log["train_loss"]).all() for log in logs)
+
+
+@pytest.mark.parametrize("school", [train_finder, train_namer, train_voter, train_outliner])
+def test_the_seed_decides_the_first_weights(school, scan, tmp_path, monkeypatch):
+    monkeypatch.setattr("spinelib.vertebra_training.fit", lambda *args, **options: None)
+    cached = [cache_scan(scan, tmp_path)]
+    first, again, other = (school(cached, cached, TrainConfig(seed=seed), tmp_path, parts=1) for seed in (1, 1, 2))
+    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_training_needs_one_source(tmp_path):

@@ -24,9 +24,8 @@ import pandas as pd
 
 from spinelib.errors import InputError
 from spinelib.imaging.cone_beam import ConeBeam, triangulate
-from spinelib.levels import LEVEL_OF_LABEL, LUMBAR, THORACIC
+from spinelib.levels import LEVEL_OF_LABEL, T1_TO_L5
 
-LEVELS = (*THORACIC, *LUMBAR)
 VIEWS = ("ap", "lat")
 COLUMNS = ("level", "view", "row", "col")
 
@@ -140,7 +139,7 @@ def _checked(table, path):
     if missing:
         message = f"{path} lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns)) or 'nothing'}. "
         raise InputError(message + f"Expected {','.join(COLUMNS)}.")
-    for name, allowed in (("view", VIEWS), ("level", LEVELS)):
+    for name, allowed in (("view", VIEWS), ("level", T1_TO_L5)):
         unknown = sorted(set(table[name].astype(str)) - set(allowed))
         if unknown:
             message = f"{path}: unknown {name} {', '.join(unknown)}. Expected some of: {', '.join(allowed)}."
@@ -158,7 +157,10 @@ def _pairs(table, path):
     twice = table[table.duplicated(["level", "view"])]
     seen = {view: set(table.loc[table["view"] == view, "level"]) for view in VIEWS}
     alone = [
-        f"{level} (no {view})" for view in VIEWS for level in LEVELS if level in set.union(*seen.values()) - seen[view]
+        f"{level} (no {view})"
+        for view in VIEWS
+        for level in T1_TO_L5
+        if level in set.union(*seen.values()) - seen[view]
     ]
     if len(twice) or alone:
         named = [f"{row.level} in {row.view} twice" for row in twice.itertuples()] + alone
@@ -166,14 +168,14 @@ def _pairs(table, path):
             f"{path}: expected each level once in each view, given {', '.join(named)}. Fix: mark it, or leave it out."
         )
         raise InputError(message)
-    levels = tuple(level for level in LEVELS if level in seen["ap"])
+    levels = tuple(level for level in T1_TO_L5 if level in seen["ap"])
     places = table.set_index(["view", "level"])[["row", "col"]].astype(float)
     return PointPairs(levels, np.stack([places.loc[view].loc[list(levels)].to_numpy() for view in VIEWS]))
 
 
 def _likeness(levels, lateral_mm, superior_mm) -> float:
     """Return the slope of the bodies' distances from the line through both ends against the typical profile."""
-    places = [LEVELS.index(level) for level in levels]
+    places = [T1_TO_L5.index(level) for level in levels]
     ends = [places[0], places[-1]]
     typical = _PROFILE_MM[places] - np.interp(places, ends, _PROFILE_MM[ends])
     order = np.argsort(superior_mm)[[0, -1]]

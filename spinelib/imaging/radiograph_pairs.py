@@ -23,9 +23,9 @@ from spinelib.geometry import Volume
 from spinelib.imaging.cone_beam import ConeBeam
 from spinelib.imaging.drr import attenuation_per_mm, line_integrals
 from spinelib.imaging.verse import BODY_SHARE, LabelledCT
-from spinelib.levels import LUMBAR, THORACIC, VERSE_LABELS
+from spinelib.levels import T1_TO_L5, VERSE_LABELS
 
-LABELS = tuple(VERSE_LABELS[level] for level in (*THORACIC, *LUMBAR))
+LABELS = tuple(VERSE_LABELS[level] for level in T1_TO_L5)
 """VerSe labels of T1 to L5, 8 to 24: the levels of Bayat et al."""
 
 CUBE, CUBE_MM = 64, 1.5
@@ -40,8 +40,8 @@ BEHIND_MM = 12.0
 REACH_MM = 24.0
 """Patches may be cut around points up to this far from a body centre, along each axis."""
 
-_FORMAT = "spinelib biplanar 1"
 VIEWS = ("frontal", "lateral")
+_FORMAT = "spinelib biplanar 1"
 _GOES_ON_MM = 90.0  # a CT ends above and below where rays still cross the patient: its last slices are repeated
 _MARGIN = 20  # pixels around the patches that `REACH_MM` needs, even for a vertebra 250 mm before the isocentre
 

@@ -16,39 +16,17 @@ from spinelib.data import assign_split
 from spinelib.errors import InputError
 from spinelib.imaging.cone_beam import ConeBeam
 from spinelib.imaging.radiograph_pairs import (
-    BEHIND_MM,
     CUBE,
     CUBE_MM,
     LABELS,
     PATCH,
-    PIXEL_MM,
     REACH_MM,
     VIEWS,
     BiplanarSubject,
     cube_affine,
     cut_out,
-    make_pair,
     patch_corner,
 )
-
-__all__ = [
-    "ANNOTATIONS",
-    "BEHIND_MM",
-    "CUBE",
-    "CUBE_MM",
-    "LABELS",
-    "PATCH",
-    "PIXEL_MM",
-    "BiplanarDataset",
-    "BiplanarSubject",
-    "cross_validation",
-    "cube_affine",
-    "cube_to_patch",
-    "disc",
-    "make_pair",
-    "normalised",
-    "patch_corner",
-]
 
 ANNOTATIONS = ("none", "c2v", "b2v", "v2v")
 """Second channel of a patch: nothing, a disc at the body centre, the projected body, the projected vertebra."""

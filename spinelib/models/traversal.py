@@ -21,7 +21,7 @@ from spinelib.models.vertebra_datasets import PATCH, SPINE_STEP
 from spinelib.models.vertebra_networks import SpineFinder, VertebraUNet
 
 MOST_VERTEBRAE = len(LEVEL_ORDER)
-_HEAT = 0.2
+HEAT = 0.2
 """Heat that belongs to the line of the bodies."""
 
 _LEAST_RIDGE = 4  # coarse slices, 16 mm: less is no spine
@@ -185,7 +185,7 @@ def _places(heat):
 
 def _spots(section, height):
     """Return the hottest points (right, anterior, height, heat) of a slice's separate hot regions, at most four."""
-    pieces, count = ndimage.label((section > _HEAT).numpy())
+    pieces, count = ndimage.label((section > HEAT).numpy())
     points = ndimage.maximum_position(section.numpy(), pieces, range(1, count + 1))
     spots = [(right, anterior, height, float(section[right, anterior])) for right, anterior in points]
     return np.array(sorted(spots, key=lambda spot: -spot[3])[:4]).reshape(-1, 4)
@@ -201,6 +201,6 @@ def _is_vertebra(outline, heat, memory):
     places = np.argwhere((outline.probability > 0.5).numpy()) + outline.corner
     places = places[((places >= 0) & (places < memory.shape)).all(axis=1)]
     coarse = np.minimum(places // SPINE_STEP, np.array(heat.shape) - 1)
-    hot = (heat[tuple(torch.from_numpy(coarse.T.copy()))] > _HEAT).sum()
+    hot = (heat[tuple(torch.from_numpy(coarse.T.copy()))] > HEAT).sum()
     known = memory[tuple(torch.from_numpy(places.T.copy()))].mean()
     return bool(hot >= _FEWEST_HOT) and bool(known < _MOST_OVERLAP)

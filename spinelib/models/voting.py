@@ -11,12 +11,11 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from spinelib.models.scan_grid import OUTSIDE
-from spinelib.models.traversal import MOST_VERTEBRAE, Outline, without_fragments
+from spinelib.models.traversal import HEAT, MOST_VERTEBRAE, Outline, without_fragments
 from spinelib.models.vertebra_datasets import PATCH, SPINE_STEP
 from spinelib.models.vertebra_networks import VOTE_VOXELS, VoteUNet
 
 _ROI = (PATCH,) * 3
-_HEAT = 0.2
 _AROUND = 48  # working voxels, 96 mm, around the hot line
 _BLUR, _LOWEST_PILE = 1.5, 0.5  # working voxels, of the map of votes; votes a voxel
 _MARGIN = 8  # working voxels around the scan: the centre of a cut vertebra may lie outside
@@ -44,7 +43,7 @@ def vote(net: VoteUNet, scan: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
 
     probability = torch.zeros(scan.shape)
     aims = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in scan.shape), indexing="ij"))
-    hot = torch.nonzero(heat > _HEAT)
+    hot = torch.nonzero(heat > HEAT)
     if not len(hot):
         return probability, aims
     low = (hot.amin(0) * SPINE_STEP - _AROUND).clamp(min=0).tolist()
