@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 
 from spinelib.errors import InputError
 from spinelib.imaging.radiograph_pairs import BiplanarSubject
-from spinelib.models.biplanar import VARIANTS, new_variant, save_variants
+from spinelib.models.biplanar import VARIANTS, load_variant, new_variant, save_variants
 from spinelib.models.biplanar_data import ANNOTATIONS, BiplanarDataset
 from spinelib.radiograph_cohort import cache_biplanar_cohort, render_biplanar_cohort
 from spinelib.record import file_sha256
-from spinelib.train import TrainConfig, fit
+from spinelib.train import FINE_TUNING, TrainConfig, fit
 
 PARTS = 800
 """Vertebrae that make up an epoch."""
@@ -60,7 +60,13 @@ class DrawnParts(Dataset):
 
 
 def train_variant(
-    name: str, train: Dataset, validation: Dataset, config: TrainConfig, folder, workers: int = 0
+    name: str,
+    train: Dataset,
+    validation: Dataset,
+    config: TrainConfig,
+    folder,
+    workers: int = 0,
+    start: nn.Module | None = None,
 ) -> nn.Module:
     """Train one network and return it in evaluation mode.
 
@@ -75,6 +81,8 @@ def train_variant(
         Gets log and checkpoint; a training that was interrupted goes on.
     workers : int
         Processes that cut patches; 0 = none of their own.
+    start : Module, optional
+        A network of this name to go on from, to fine-tune it; left as it is.
 
     Raises
     ------
@@ -83,6 +91,8 @@ def train_variant(
     """
     torch.manual_seed(config.seed)
     network = new_variant(name)
+    if start is not None:
+        network.load_state_dict(start.state_dict())
     fit(network, train, validation, config, folder, workers=workers)
     return network.eval()
 
@@ -97,8 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         BiplanarDataset(validation, args.annotation),
     )
     rate = OUR_RATE if args.variant == "ours" else PAPER_RATE
-    config = TrainConfig(args.epochs, BATCH_SIZE, rate, seed=args.seed)
-    network = train_variant(args.variant, *sets, config, folder, args.workers)
+    start = load_variant(args.variant, args.start) if args.start else None
+    config = TrainConfig(args.epochs, BATCH_SIZE, rate * FINE_TUNING if start else rate, seed=args.seed)
+    network = train_variant(args.variant, *sets, config, folder, args.workers, start)
     card = {
         "command": "spinelib train transvert " + " ".join(argv or []),
         "variant": args.variant,
@@ -147,6 +158,7 @@ def _arguments(argv):
         "--subject-seed", type=int, default=200_000, help="first synthetic person; tests use small seeds"
     )
     parser.add_argument("--cache", default="data/biplanar-cache", metavar="FOLDER", help="radiographs and cubes")
+    parser.add_argument("--from", dest="start", default="", metavar="WEIGHTS", help="fine-tune these weights")
     parser.add_argument("-o", "--output", required=True, help="folder for weights, log and checkpoint")
     parser.add_argument("--epochs", type=int, default=20, help="passes of --parts vertebrae")
     parser.add_argument("--parts", type=int, default=PARTS, help="vertebrae a pass")

@@ -27,6 +27,9 @@ from spinelib.record import package_sha256
 
 RECIPES = ("paper", "modern")
 
+FINE_TUNING = 1 / 3
+"""Peak rate of a training that goes on from trained weights, over that of one from scratch: more undoes them first."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -1,6 +1,7 @@
 """Training of the vertebra networks: `spinelib train vertebrae`."""
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from spinelib.models.vertebra_networks import VOTER, DistilledUNet, LevelNet, Sp
 from spinelib.models.vertebrae import VertebraSegmenter
 from spinelib.phantom.scan import sample_scan
 from spinelib.record import file_sha256
-from spinelib.train import TrainConfig, fit
+from spinelib.train import FINE_TUNING, TrainConfig, fit
 
 PARTS = 400
 """Random parts of scans that make up an epoch."""
@@ -34,10 +35,18 @@ def render_scans(folder, count: int, seed: int = 0, n_jobs: int = 2) -> list[Cac
 
 
 def train_finder(
-    train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
+    train: list[CachedScan],
+    validation,
+    config: TrainConfig,
+    folder,
+    parts: int = PARTS,
+    workers: int = 0,
+    start: SpineFinder | None = None,
 ) -> SpineFinder:
-    """Train the heat map of the spine on `config.epochs` passes of random parts."""
-    return _fitted(SpineFinder, _coarse_sets(SpineDataset, train, validation, config, parts), config, folder, workers)
+    """Train the heat map of the spine on `config.epochs` passes of random parts, from scratch or from `start`."""
+    return _fitted(
+        _new(SpineFinder, start), _coarse_sets(SpineDataset, train, validation, config, parts), config, folder, workers
+    )
 
 
 def train_voter(
@@ -49,12 +58,15 @@ def train_voter(
     teacher: VoteUNet | None = None,
     parts: int = PARTS,
     workers: int = 0,
+    start: VoteUNet | None = None,
 ) -> VoteUNet:
     """Train the network whose voxels vote for the centre of their vertebra, from scratch or taught by another one."""
     sets = [VoteDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
     if teacher is None:
-        return _fitted(lambda: VoteUNet(channels), sets, config, folder, workers)
-    return _fitted(lambda: DistilledUNet(VoteUNet(channels), teacher), sets, config, folder, workers).student
+        return _fitted(_new(lambda: VoteUNet(channels), start), sets, config, folder, workers)
+    return _fitted(
+        lambda: DistilledUNet(_new(lambda: VoteUNet(channels), start)(), teacher), sets, config, folder, workers
+    ).student
 
 
 def train_outliner(
@@ -64,17 +76,26 @@ def train_outliner(
     folder,
     parts: int = PARTS,
     workers: int = 0,
+    start: VertebraUNet | None = None,
 ) -> VertebraUNet:
     """Train the network that outlines the next vertebra."""
     sets = [OutlineDataset(scans, length, config.seed, a) for scans, length, a in _plans(train, validation, parts)]
-    return _fitted(VertebraUNet, sets, config, folder, workers)
+    return _fitted(_new(VertebraUNet, start), sets, config, folder, workers)
 
 
 def train_namer(
-    train: list[CachedScan], validation, config: TrainConfig, folder, parts: int = PARTS, workers: int = 0
+    train: list[CachedScan],
+    validation,
+    config: TrainConfig,
+    folder,
+    parts: int = PARTS,
+    workers: int = 0,
+    start: LevelNet | None = None,
 ) -> LevelNet:
     """Train the network that names levels and tells complete from cut vertebrae."""
-    return _fitted(LevelNet, _coarse_sets(LevelDataset, train, validation, config, parts), config, folder, workers)
+    return _fitted(
+        _new(LevelNet, start), _coarse_sets(LevelDataset, train, validation, config, parts), config, folder, workers
+    )
 
 
 def train_segmenter(
@@ -85,6 +106,7 @@ def train_segmenter(
     parts=PARTS,
     seed=0,
     workers=0,
+    start: VertebraSegmenter | None = None,
 ) -> VertebraSegmenter:
     """Train the four networks.
 
@@ -94,19 +116,26 @@ def train_segmenter(
     folder : path
         Logs and checkpoints; a training that was interrupted goes on.
     epochs : dict of int
-        Of 'finder', 'namer', 'voter' and 'outliner'.
+        Of 'finder', 'namer', 'voter' and 'outliner'; 0 keeps the network of `start`.
     parts : int
         Random parts of scans an epoch.
     seed, workers : int
         Of everything drawn; processes that cut parts, 0 = none of their own.
+    start : VertebraSegmenter, optional
+        Networks to go on from, to fine-tune them; left as they are.
     """
     folder = Path(folder)
     schools = {"finder": (train_finder, 2), "namer": (train_namer, 16)}
     schools |= {"voter": (train_voter, 2), "outliner": (train_outliner, 2)}
     nets = {}
     for name, (school, batch_size) in schools.items():
-        config = TrainConfig(epochs[name], batch_size, _RATE, seed=seed)
-        nets[name] = school(train, validation, config, folder / name, parts=parts, workers=workers)
+        first = getattr(start, name, None)
+        if epochs[name] == 0 and first is not None:
+            nets[name] = first
+            continue
+        rate = _RATE if first is None else _RATE * FINE_TUNING
+        config = TrainConfig(epochs[name], batch_size, rate, seed=seed)
+        nets[name] = school(train, validation, config, folder / name, parts=parts, workers=workers, start=first)
     return VertebraSegmenter(**nets)
 
 
@@ -116,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     started, folder = time.time(), Path(args.output)
     train, validation, source = _scans(args)
     epochs = {name: getattr(args, f"{name}_epochs") for name in _EPOCHS}
-    segmenter = train_segmenter(train, validation, folder, epochs, args.parts, args.seed, args.workers)
+    start = VertebraSegmenter.load(args.start) if args.start else None
+    segmenter = train_segmenter(train, validation, folder, epochs, args.parts, args.seed, args.workers, start)
     segmenter.card = {
         "command": "spinelib train vertebrae " + " ".join(argv or []),
         "scans": {"train": len(train), "validation": len(validation), "source": source},
@@ -156,9 +186,12 @@ def _arguments(argv):
     parser.add_argument("--render", type=int, default=0, metavar="N", help="train on N synthetic scans instead")
     parser.add_argument("--scan-seed", type=int, default=100_000, help="first synthetic scan; tests use small seeds")
     parser.add_argument("--cache", default="data/ct-cache", metavar="FOLDER", help="scans on the working grid")
+    parser.add_argument("--from", dest="start", default="", metavar="WEIGHTS", help="fine-tune these weights")
     parser.add_argument("-o", "--output", required=True, help="folder for weights, logs and checkpoints")
     for name, epochs in _EPOCHS.items():
-        parser.add_argument(f"--{name}-epochs", type=int, default=epochs, help="passes of --parts parts")
+        parser.add_argument(
+            f"--{name}-epochs", type=int, default=epochs, help="passes of --parts parts; 0 with --from: keep it"
+        )
     parser.add_argument("--parts", type=int, default=PARTS, help="parts a pass")
     parser.add_argument("--n-jobs", type=int, default=2, help="processes that render")
     parser.add_argument("--workers", type=int, default=1, help="processes that cut parts while training")
@@ -175,6 +208,11 @@ def _coarse_sets(kind, train, validation, config, parts):
         kind(scans, length, config.seed, augment, pooled(scans, SPINE_STEP))
         for scans, length, augment in _plans(train, validation, parts)
     ]
+
+
+def _new(make, start):
+    """Return what builds the first network: a copy of `start`, or else what `make` builds."""
+    return make if start is None else lambda: copy.deepcopy(start).train()
 
 
 def _fitted(make, sets, config, folder, workers):

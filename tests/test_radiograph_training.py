@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from drawn_ellipsoids import Ellipsoids
 from drawn_spines import block_spine
 
 from spinelib.errors import InputError
 from spinelib.imaging.verse import write_labelled_ct
-from spinelib.models.biplanar import load_variant, read_card
+from spinelib.models.biplanar import load_variant, new_variant, read_card
 from spinelib.radiograph_training import DrawnParts, main, train_variant
 from spinelib.train import TrainConfig
 
@@ -26,6 +27,14 @@ def test_training_lowers_the_loss_and_repeats_itself(tmp_path):
     again = train_variant("sagittal_only", items, items, config, tmp_path / "b")
     for (name, value), other in zip(network.state_dict().items(), again.state_dict().values(), strict=True):
         assert np.array_equal(value, other), name
+
+
+def test_fine_tuning_starts_from_given_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("spinelib.radiograph_training.fit", lambda *args, **options: None)
+    start = new_variant("sagittal_only")
+    tuned = train_variant("sagittal_only", Ellipsoids(1), Ellipsoids(1), TrainConfig(), tmp_path, start=start)
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), tuned.parameters(), strict=True))
+    assert tuned is not start
 
 
 def test_each_epoch_draws_other_parts():

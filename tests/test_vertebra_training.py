@@ -28,7 +28,7 @@ from spinelib.vertebra_evaluation import (
     whole_vertebrae,
 )
 from spinelib.vertebra_training import main as train
-from spinelib.vertebra_training import train_finder, train_namer, train_outliner, train_voter
+from spinelib.vertebra_training import train_finder, train_namer, train_outliner, train_segmenter, train_voter
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,30 @@ def test_the_seed_decides_the_first_weights(school, scan, tmp_path, monkeypatch)
     weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("school", "name"),
+    [(train_finder, "finder"), (train_namer, "namer"), (train_voter, "voter"), (train_outliner, "outliner")],
+)
+def test_fine_tuning_starts_from_given_weights_and_leaves_them(school, name, scan, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "spinelib.vertebra_training.fit", lambda net, *args, **options: next(net.parameters()).data.add_(1)
+    )
+    cached, start = [cache_scan(scan, tmp_path)], getattr(VertebraSegmenter.load(), name)
+    before = next(start.parameters()).clone()
+    tuned = school(cached, cached, TrainConfig(), tmp_path, parts=1, start=start)
+    assert torch.equal(next(tuned.parameters()), before + 1)
+    assert torch.equal(next(start.parameters()), before)
+
+
+def test_no_epochs_keeps_the_network_that_is_given(scan, tmp_path):
+    cached, start = [cache_scan(scan, tmp_path)], VertebraSegmenter.load()
+    none = dict.fromkeys(("finder", "namer", "voter", "outliner"), 0)
+    kept = train_segmenter(cached, cached, tmp_path, none, start=start)
+    assert all(getattr(kept, name) is getattr(start, name) for name in none)
+    with pytest.raises(InputError, match="epochs"):
+        train_segmenter(cached, cached, tmp_path, none)
 
 
 def test_training_needs_one_source(tmp_path):
