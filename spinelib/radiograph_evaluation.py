@@ -12,20 +12,19 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from nibabel.affines import apply_affine
 from scipy import ndimage
-from scipy.spatial import cKDTree
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
-from spinelib.imaging.cone_beam import stack_naively, triangulate
 from spinelib.imaging.radiograph_pairs import CUBE, CUBE_MM, LABELS, BiplanarSubject, cube_affine
 from spinelib.levels import LEVEL_OF_LABEL
 from spinelib.metrics import bootstrap_ci, dice, surface_errors
 from spinelib.models.biplanar_data import BiplanarDataset
-from spinelib.spine import Spine
-from spinelib.stacking import FOREGROUND, PredictedVertebra, joined, vertebral_angles, vertebral_pose
+from spinelib.models.lifting import LiftingNet
+from spinelib.stacking import FOREGROUND, joined
+from spinelib.standing_errors import Masks, stacked_vertebrae, true_masks
 
 NSD_TOLERANCE_MM = 1.5
 MEASURES = ("dice", "hd_mm", "hd95_mm", "asd_mm", "nsd", "body_dice", "process_dice", "level_accuracy")
@@ -38,6 +37,7 @@ NAMES = {
     "attention_adv": "TransVert + self-attention + adversarial",
     "ours": "ours, lifting along the rays",
     "this_run": "trained in this run",
+    "fine_tuned": "ours, fine-tuned on the other scans",
     "voi_none": "no annotation",
     "voi_c2v": "centroid",
     "voi_b2v": "body mask",
@@ -51,7 +51,6 @@ NAMES = {
 
 _AT_ONCE = 4  # vertebrae a network sees at once
 
-Masks = Bool[np.ndarray, "n 64 64 64"]
 Answer = tuple[Masks, Masks, Int[np.ndarray, " n"] | None]
 """Predicted and true masks of the vertebrae of a subject, on the same cubes, and level indices in `LABELS`, if any."""
 
@@ -127,11 +126,6 @@ def body_region(subject: BiplanarSubject, number: int) -> Bool[np.ndarray, "64 6
 # --- methods ---
 
 
-def true_masks(subject: BiplanarSubject) -> Masks:
-    """Return the vertebrae of a subject on their cubes."""
-    return np.stack([subject.masks.cut(number, (0, 0, 0), CUBE) for number in range(len(subject.labels))])
-
-
 def network_method(
     network: nn.Module, annotation: str = "c2v", click_mm: float = 0.0, crop_mm: float = 0.0, seed: int = 0
 ) -> Method:
@@ -196,7 +190,7 @@ def dilated_method(subject: BiplanarSubject) -> Answer:
 def ceiling_method(subject: BiplanarSubject) -> Answer:
     """Return the truth put together to a spine and cut out again: the most that stacked vertebrae can reach."""
     truth = true_masks(subject)
-    together, _ = joined(_vertebrae(subject, truth, subject.bodies_mm))
+    together, _ = joined(stacked_vertebrae(subject, truth, subject.bodies_mm))
     return (
         np.stack([_cut(together, *pair) for pair in zip(subject.labels, subject.bodies_mm, strict=True)]),
         truth,
@@ -204,83 +198,10 @@ def ceiling_method(subject: BiplanarSubject) -> Answer:
     )
 
 
-# --- the spine ---
-
-
-def centre_errors(subject: BiplanarSubject, noise_mm: float = 0.0, seed: int = 0) -> pd.DataFrame:
-    """Return how far body centres from their two projections are off.
-
-    Parameters
-    ----------
-    subject : BiplanarSubject
-    noise_mm : float
-        Standard deviation of the points in each view along rows and columns, in mm at the isocentre.
-    seed : int
-
-    Returns
-    -------
-    DataFrame
-        subject, level, height_mm (from the isocentre), naive_mm, triangulated_mm, residual_mm (of the latter).
-    """
-    points = np.stack([beam.project(subject.bodies_mm) for beam in subject.beams])
-    noise_px = noise_mm / CUBE_MM  # a pixel of the detector is as large as a voxel at the isocentre
-    points += noise_px * np.random.default_rng(seed).standard_normal(points.shape)
-    naive = stack_naively(*subject.beams, *points)
-    found, residual = triangulate(subject.beams, points)
-    return pd.DataFrame(
-        {
-            "subject": subject.key,
-            "level": [LEVEL_OF_LABEL[label] for label in subject.labels],
-            "height_mm": subject.bodies_mm[:, 2] - subject.beams[0].principal_mm[2],
-            "naive_mm": np.linalg.norm(naive - subject.bodies_mm, axis=1),
-            "triangulated_mm": np.linalg.norm(found - subject.bodies_mm, axis=1),
-            "residual_mm": residual,
-        }
-    )
-
-
-def angle_errors(subject: BiplanarSubject, predicted: Masks, bodies_mm: Float[np.ndarray, "n 3"] | None = None) -> dict:
-    """Return the absolute errors of angles of a spine put together from predicted vertebrae.
-
-    Parameters
-    ----------
-    subject : BiplanarSubject
-        Its frames are the truth; without frames, those fitted to the true shapes.
-    predicted : ndarray of bool (n, 64, 64, 64)
-    bodies_mm : ndarray (n, 3), optional
-        Body centres that were found; the true ones by default.
-
-    Returns
-    -------
-    dict
-        subject, n (vertebrae with a shape; the others are left out), cobb_deg, avr_deg (mean over levels), kyphosis_deg
-        and lordosis_deg (NaN without their levels): see `stacking.vertebral_angles`.
-    """
-    centres = subject.bodies_mm if bodies_mm is None else bodies_mm
-    there = np.flatnonzero(predicted.any(axis=(1, 2, 3)))
-    errors = {"subject": subject.key, "n": len(there)}
-    names = {"cobb_deg": "cobb", "kyphosis_deg": "kyphosis", "lordosis_deg": "lordosis"}
-    if not len(there):
-        return errors | dict.fromkeys([*names, "avr_deg"], np.nan)
-    levels = [LEVEL_OF_LABEL[subject.labels[i]] for i in there]
-    found = vertebral_angles(levels, _poses(_vertebrae(subject, predicted, centres), there))
-    truth = vertebral_angles(levels, _true_poses(subject)[there])
-    off = {name: abs(found[name] - truth[name]) for name in found}
-    errors["avr_deg"] = float(np.mean([off[f"rotation_{level}_deg"] for level in levels]))
-    return errors | {name: off.get(f"vertebral_{angle}_deg", np.nan) for name, angle in names.items()}
-
-
-def surface_distances(predicted: Spine, truth: Spine) -> dict[str, Float[np.ndarray, " vertices"]]:
-    """Return the distance in mm of each vertex of a spine to the nearest vertex of the same level of another.
-
-    Levels that one of them lacks are left out. `vertebra_figures.vertebrae_3d` colours surfaces by it.
-    """
-    true_meshes = dict(zip(truth.levels, truth.meshes, strict=True))
-    return {
-        level: cKDTree(true_meshes[level].vertices).query(mesh.vertices)[0]
-        for level, mesh in zip(predicted.levels, predicted.meshes, strict=True)
-        if level in true_meshes
-    }
+def predicted_frames(network: LiftingNet, subject: BiplanarSubject) -> Float[np.ndarray, "n 3 3"]:
+    """Return the frames that the network's own head reads, columns right, anterior, superior."""
+    batches = DataLoader(BiplanarDataset([subject]), _AT_ONCE)
+    return np.concatenate([network.predict_frames(batch).cpu().numpy() for batch in batches])
 
 
 # --- tables ---
@@ -322,41 +243,6 @@ def headline_numbers(rows: pd.DataFrame) -> dict[str, float]:
         values |= {f"{stem}.{name}.mean": float(row[name]) for name in ("dice", "hd_mm", "asd_mm")}
         values[f"{stem}.level_accuracy"] = float(row["level_accuracy"])
     return {name: value for name, value in values.items() if np.isfinite(value)}
-
-
-def spine_numbers(centres: pd.DataFrame, angles: pd.DataFrame) -> dict[str, float]:
-    """Return the errors of whole spines by the names of metrics.json.
-
-    Parameters
-    ----------
-    centres : DataFrame
-        Rows of `centre_errors` of all subjects.
-    angles : DataFrame
-        One row of `angle_errors` a subject.
-    """
-    return {
-        "spine.stack_naive_mm": float(centres["naive_mm"].mean()),
-        "spine.stack_triangulated_mm": float(centres["triangulated_mm"].mean()),
-        "spine.cobb_mae_deg": float(angles["cobb_deg"].mean()),
-        "spine.avr_mae_deg": float(angles["avr_deg"].mean()),
-    }
-
-
-def _vertebrae(subject, masks, centres) -> list[PredictedVertebra]:
-    levels = [LEVEL_OF_LABEL[label] for label in subject.labels]
-    return [PredictedVertebra(*one) for one in zip(levels, centres, masks.astype(np.float32), strict=True)]
-
-
-def _poses(vertebrae, places) -> Float[np.ndarray, "n 4 4"]:
-    return np.stack([vertebral_pose(vertebrae[place]) for place in places])
-
-
-def _true_poses(subject) -> Float[np.ndarray, "n 4 4"]:
-    if subject.frames is None:
-        return _poses(_vertebrae(subject, true_masks(subject), subject.bodies_mm), range(len(subject.labels)))
-    poses = np.tile(np.eye(4), (len(subject.labels), 1, 1))
-    poses[:, :3, :3], poses[:, :3, 3] = subject.frames, subject.bodies_mm
-    return poses
 
 
 def _cut(labels: Volume, label, body_mm) -> Bool[np.ndarray, "64 64 64"]:

