@@ -24,6 +24,7 @@ PUBLISHED = "#888888"
 KIND_STYLES = {"ours": (PREDICTED, "o"), "baseline": (OTHER, "D"), "published": (PUBLISHED, "x")}
 """Colour and marker of the rows of `score_dots`."""
 
+_KIND_NAMES = {"ours": "networks", "baseline": "baselines and ceiling", "published": "published"}
 _LETTERS = ("RL", "AP")  # what the left and right edges of the frontal and the lateral view show
 _RASTER = 700  # pixels along the longer side of a silhouette
 _POINTS = 7.5
@@ -127,7 +128,8 @@ def score_dots(rows: pd.DataFrame, value: str = "dice", label: str = "Dice", tit
     axes.set_axisbelow(True)
     for kind, data in rows.drop_duplicates("kind")[["kind", "data"]].itertuples(index=False):
         colour, marker = KIND_STYLES[kind]
-        axes.plot([], [], marker, color=colour, ms=5.5, label=f"{kind}, on other data" if kind == "published" else data)
+        seen_on = "other data" if kind == "published" else data
+        axes.plot([], [], marker, color=colour, ms=5.5, label=f"{_KIND_NAMES[kind]}, on {seen_on}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from spinelib.evaluate import PUBLISHED
+from spinelib.radiograph_evaluation import published_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "reports" / "reference"
@@ -26,6 +27,8 @@ TABLES = {
     "real_ct": REFERENCE / "real_ct.csv",
     "vertebrae": REFERENCE / "laptop" / "tables" / "scores.csv",
     "real_vertebrae": REFERENCE / "laptop" / "tables" / "real_scans.csv",
+    "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
+    "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
 }
 COLUMNS = {
     "headline": {
@@ -107,6 +110,24 @@ COLUMNS = {
         "shape_hd_mm": "HD (mm)",
         "vertebrae": "vertebrae",
     },
+    "radiographs": {
+        "name": "method",
+        "data": "data",
+        "dice": "Dice",
+        "dice_low": "95% CI from",
+        "dice_high": "to",
+        "hd_mm": "HD (mm)",
+        "asd_mm": "ASD (mm)",
+        "level_accuracy": "level right",
+        "vertebrae": "vertebrae",
+    },
+    "real_radiographs": {
+        "subject": "scan",
+        "method": "method",
+        "dice": "Dice",
+        "hd_mm": "HD (mm)",
+        "asd_mm": "ASD (mm)",
+    },
     "real_ct": {
         "scan": "scan",
         "levels": "levels",
@@ -127,6 +148,8 @@ def as_markdown(name: str) -> str:
         table["shape_hd_mm"] = pd.to_numeric(table["shape_hd_mm"]).map("{:.2f}".format).replace("nan", "-")
     if name == "agreement":
         table = _angles_of_ours_and_ridge(table)
+    if name == "radiographs":
+        table = _with_published_radiographs(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])
     shown = table.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v).replace("_", " "))
     rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
@@ -142,6 +165,19 @@ def _angles_of_ours_and_ridge(everybody: pd.DataFrame) -> pd.DataFrame:
     measures = ["cobb_deg", "modified_ferguson_deg", "thoracic_kyphosis_deg", "lumbar_lordosis_deg"]
     both = both[both["measure"].isin(measures) & both["method"].isin(["ridge", "ours"])]
     return both.sort_values("measure", key=lambda m: m.map(measures.index), kind="stable")
+
+
+def _with_published_radiographs(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of all methods, then published ones, whose data were others."""
+    published = published_rows().astype(object)
+    published = published[published["method"].isin(["attention_adv", "benchmark", "whole_spine"])]
+    published["name"] = "*" + published["name"] + "*"
+    published["data"] = "*" + published["data"] + "*"
+    both = pd.concat([table.astype(object), published], ignore_index=True)
+    numbers = ["dice", "dice_low", "dice_high", "hd_mm", "asd_mm", "level_accuracy"]
+    for column in numbers:
+        both[column] = pd.to_numeric(both[column]).map("{:.3f}".format).replace("nan", "")
+    return both.fillna("")
 
 
 def _published_row(columns: list[str]) -> list[str]:

@@ -94,6 +94,7 @@ def test_every_row_with_a_value_is_a_dot_with_its_interval():
     np.testing.assert_allclose(spans[3], [0.89, 0.91])
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "published, on other data" in legend
+    assert len(set(legend)) == 3
 
 
 def test_tables_without_values_are_refused():
