@@ -28,6 +28,12 @@ SHIPPED_WEIGHTS = "vertebrae.safetensors"
 ORDINARY = tuple(range(1, 25))
 """VerSe labels of C1 to L5."""
 
+_LEAST_COMPLETE = 0.2
+"""Probability from which a vertebra is given out: one left out costs more than a cut one too many.
+
+Of 231 whole vertebrae of the validation scans none is lost (2 at one half), 7 of 37 cut ones are given out (5).
+"""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -112,15 +118,16 @@ class VertebraSegmenter:
             return Segmentation(Volume(np.zeros(ct.values.shape, np.uint8), ct.affine), (), flags)
         levels, complete = self._read_levels(scan, outlines)
         labels, sure, more = _named(outlines, levels, complete > 0.5)
+        whole = complete > _LEAST_COMPLETE
         everything = _pasted(outlines, labels, ct)
         centroids = body_centroids_mm(everything)
         found = tuple(
-            Found(int(label), centroids[int(label)], bool(whole > 0.5), float(share))
-            for label, whole, share in zip(labels, complete, sure, strict=True)
+            Found(int(label), centroids[int(label)], bool(all_there), float(share))
+            for label, all_there, share in zip(labels, whole, sure, strict=True)
             if int(label) in centroids
         )
         kept = np.zeros(max(LEVEL_ORDER) + 1, np.uint8)
-        kept[labels[complete > 0.5]] = labels[complete > 0.5]
+        kept[labels[whole]] = labels[whole]
         return Segmentation(Volume(kept[everything.values], ct.affine), found, (*flags, *more))
 
     @torch.inference_mode()
