@@ -80,9 +80,10 @@ def _add_predict(commands) -> None:
     parser = _add_command(
         commands,
         "predict",
-        "predict a 3D spine from one DXA scan, two radiographs or a CT, or segment the vertebrae of a CT",
+        "predict a 3D spine from one DXA scan, two radiographs or a CT, segment a CT, or register it to an MR",
         "spinelib predict scan.dcm -o out/\n  spinelib predict --segment ct.nii.gz -o out/\n"
-        "  spinelib predict --ap ap.png --lat lat.png --centroids points.csv --spacing 0.2 0.2 -o out/",
+        "  spinelib predict --ap ap.png --lat lat.png --centroids points.csv --spacing 0.2 0.2 -o out/\n"
+        "  spinelib predict --register ct.nii.gz mr.nii.gz --labels ct_mask.nii.gz -o out/",
         _predict,
     )
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="a DXA image, or two radiographs: DICOM, PNG, NIfTI")
@@ -90,6 +91,10 @@ def _add_predict(commands) -> None:
     parser.add_argument(
         "--segment", metavar="CT", help="segment and name the vertebrae of a CT (NIfTI or DICOM folder)"
     )
+    parser.add_argument(
+        "--register", nargs=2, metavar=("CT", "MR"), help="lay a CT on an MR, vertebrae rigid; needs --labels"
+    )
+    parser.add_argument("--labels", metavar="CT_MASK", help="vertebrae of the CT, numbered as VerSe does")
     parser.add_argument("--ap", metavar="IMAGE", help="frontal radiograph (patient's right on the left); needs --lat")
     parser.add_argument("--lat", metavar="IMAGE", help="lateral radiograph (anterior on the left)")
     parser.add_argument(
@@ -146,6 +151,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    if arguments.register or arguments.labels:
+        from spinelib.register import register_command
+
+        return register_command(arguments)
     if arguments.ap or arguments.lat or arguments.centroids:
         from spinelib.radiographs import radiographs_command
 
@@ -168,6 +177,10 @@ def _train(words: list[str]) -> int:
         from spinelib.radiograph_training import main as train_transvert
 
         return train_transvert(words[1:])
+    if words[:1] == ["ctmr"]:
+        from spinelib.registration_training import main as train_ctmr
+
+        return train_ctmr(words[1:])
     from spinelib.curve_training import main as train
 
     return train(words) or 0

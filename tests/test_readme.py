@@ -48,8 +48,9 @@ def test_predict_lines_parse():
     lines = [
         re.sub(r"\s+#.*", "", line) for line in re.findall(r"^    (spinelib predict .*)", TEXT, flags=re.MULTILINE)
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6
     parsed = [_parser().parse_args(shlex.split(line)[1:]) for line in lines]
     assert parsed[1].spacing == [3.0, 2.4]
     assert parsed[2].ct == "abdomen.nii.gz"
     assert (parsed[4].ap, parsed[4].lat, parsed[4].centroids) == ("a.png", "l.png", "points.csv")
+    assert (parsed[5].register, parsed[5].labels) == (["ct.nii.gz", "mr.nii.gz"], "ct_mask.nii.gz")

@@ -1,0 +1,230 @@
+"""Scores of CT/MR registrations, beside simple methods, classical peers, the ceiling and published results.
+
+Means are over pairs (of the mean over their vertebrae) with 95 % bootstrap intervals over pairs. Soft tissue is what
+is neither bone nor air where the true motion is known.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from spinelib.deformation import DisplacementField, covers, warp_volume
+from spinelib.errors import InputError
+from spinelib.geometry import VolumeGrid
+from spinelib.imaging.pairs import RegistrationPair
+from spinelib.metrics import bootstrap_ci
+from spinelib.models.ctmr import CTMRModel
+from spinelib.models.ctmr_data import working_pair
+from spinelib.polyrigid import blend, register_polyrigid
+from spinelib.prealign import affine_prealign, per_vertebra_rigid
+from spinelib.registration_metrics import field_errors, registration_errors
+
+NAMES = {
+    "identity": "no registration",
+    "affine": "one rigid motion for all",
+    "sitk_pervertebra": "rigid motion of each vertebra, SimpleITK",
+    "elastix": "B-spline, elastix",
+    "baseline": "network, no rigidity",
+    "pc": "network, volume",
+    "oc": "network, orthonormality",
+    "rd": "network, rigid Dice",
+    "rf": "network, rigid field",
+    "pc_oc": "network, volume + orthonormality",
+    "pc_rd": "network, volume + rigid Dice",
+    "pc_rf": "network, volume + rigid field",
+    "this_run": "trained in this run",
+    "ours": "ours, rigid by construction",
+    "ceiling": "true motion",
+}
+"""Rows of the tables: names in metrics.json, and for people."""
+
+VERTEBRA_MEASURES = {
+    "dice": "dice.mean",
+    "hd95_mm": "hd95_mm",
+    "bone_tre_mm": "bone_tre_mm",
+    "rotation_error_deg": "rotation_error_deg",
+    "translation_error_mm": "translation_error_mm",
+    "nonrigidity": "nonrigidity",
+    "volume_change_pct": "volume_change_pct",
+}
+FIELD_MEASURES = ("soft_tre_mm", "folding_pct", "inverse_consistency_mm", "seconds")
+MEASURES = (*VERTEBRA_MEASURES, "failed", *FIELD_MEASURES)
+
+FAILURE_MM = 3.0
+"""A vertebra whose bone is off by more has failed."""
+
+_AIR_HU = -300.0
+
+Answer = tuple[DisplacementField, DisplacementField | None]
+"""MR to CT on the MR's grid, and CT to MR on the CT's grid where the method gives it."""
+
+Method = Callable[[RegistrationPair], Answer]
+
+
+def evaluate_pairs(
+    methods: Mapping[str, Method], pairs: Iterable[RegistrationPair]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return one row per method and vertebra, and one row per method and pair.
+
+    Parameters
+    ----------
+    methods : mapping of str to callable
+    pairs : iterable of RegistrationPair
+        With MR labels. What needs the true motion is NaN without it.
+
+    Returns
+    -------
+    vertebrae : DataFrame
+        method, pair, the columns of `registration_errors`, failed (bone off by more than `FAILURE_MM`).
+    fields : DataFrame
+        method, pair, seconds of wall time, the numbers of `field_errors`.
+
+    Raises
+    ------
+    InputError
+        Without a pair, or if a pair has no MR labels.
+    """
+    vertebrae, fields = [], []
+    for pair in tqdm(pairs, desc="pairs", disable=None):
+        if pair.mr_labels is None:
+            message = f"{pair.key} has no MR labels to score with. Fix: add mr_mask.nii.gz, or leave the pair out."
+            raise InputError(message)
+        valid, soft = _regions(pair)
+        for name, method in methods.items():
+            start = perf_counter()
+            forward, backward = method(pair)
+            about = {"method": name, "pair": pair.key, "seconds": perf_counter() - start}
+            table = registration_errors(forward, pair.mr_labels, pair.ct_labels, pair.field, pair.transforms)
+            off = table["bone_tre_mm"]
+            table["failed"] = (off > FAILURE_MM).astype(float).where(off.notna())
+            vertebrae.append(table.assign(method=name, pair=pair.key))
+            fields.append(about | field_errors(forward, valid, soft, pair.field, backward))
+    if not vertebrae:
+        message = "no pair to evaluate; expected at least one RegistrationPair."
+        raise InputError(message)
+    return pd.concat(vertebrae, ignore_index=True), pd.DataFrame(fields)
+
+
+# --- methods ---
+
+
+def identity_method(pair: RegistrationPair) -> Answer:
+    """Leave everything where it is."""
+    return DisplacementField.zero(pair.mr.grid), DisplacementField.zero(pair.ct.grid)
+
+
+def affine_method(pair: RegistrationPair) -> Answer:
+    """Return one rigid motion for the whole image, found by mutual information."""
+    matrix = affine_prealign(pair.ct, pair.ct_labels, pair.mr)
+    backward = DisplacementField.rigid(np.linalg.inv(matrix), pair.ct.grid)
+    return DisplacementField.rigid(matrix, pair.mr.grid), backward
+
+
+def sitk_method(pair: RegistrationPair) -> Answer:
+    """Return the classical peer: mutual information per vertebra by SimpleITK, blended as ours is."""
+    start = affine_prealign(pair.ct, pair.ct_labels, pair.mr)
+    transforms = per_vertebra_rigid(pair.ct, pair.ct_labels, pair.mr, start)
+    field = blend(transforms, pair.ct_labels, DisplacementField.rigid(start, pair.mr.grid), pair.mr.grid)
+    return field, field.inverse(pair.ct.grid)
+
+
+def ceiling_method(pair: RegistrationPair) -> Answer:
+    """Return the true motion: what labels warped by the nearest neighbour can reach."""
+    if pair.field is None:
+        message = f"{pair.key} has no true motion; only synthetic pairs do."
+        raise InputError(message)
+    return pair.field, None
+
+
+def network_method(model: CTMRModel) -> Method:
+    """Return a network of the published scheme as a method."""
+    return lambda pair: network_fields(model, pair)
+
+
+def polyrigid_method(model: CTMRModel | None = None) -> Method:
+    """Return ours; with a network, soft tissue follows its field."""
+
+    def method(pair):
+        soft = None if model is None else network_fields(model, pair)[0]
+        found = register_polyrigid(pair.ct, pair.ct_labels, pair.mr, soft)
+        return found.field, found.inverse
+
+    return method
+
+
+@torch.no_grad()
+def network_fields(model: CTMRModel, pair: RegistrationPair) -> Answer:
+    """Return the fields of a network: MR to CT on the MR's grid, CT to MR on the CT's."""
+    tensors, grid = working_pair(pair)
+    device = next(model.parameters()).device
+    fields = model.eval().register({name: value[None].to(device) for name, value in tensors.items()})
+    forward, backward = (_in_mm(u[0].float().cpu().numpy(), grid) for u in fields)
+    return forward.resampled(pair.mr.grid), backward.resampled(pair.ct.grid)
+
+
+# --- tables ---
+
+
+def table_rows(vertebrae: pd.DataFrame, fields: pd.DataFrame, data: str = "unseen phantoms") -> pd.DataFrame:
+    """Return one row a method of `evaluate_pairs`.
+
+    Returns
+    -------
+    DataFrame
+        method, name, kind ('ours', 'baseline' or 'network'), data, pairs, vertebrae, and of each of `MEASURES` the
+        mean, `<measure>_low` and `<measure>_high`.
+    """
+    rows = []
+    for method, part in vertebrae.groupby("method", sort=False):
+        row = {"method": method, "name": NAMES.get(method, method), "kind": _kind(method), "data": data}
+        row |= {"pairs": part["pair"].nunique(), "vertebrae": len(part)}
+        own = fields[fields["method"] == method]
+        for measure in MEASURES:
+            values = own[measure] if measure in own else part.groupby("pair")[measure].mean()
+            values = values.dropna()
+            triple = bootstrap_ci(values) if len(values) else (np.nan,) * 3
+            row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), triple, strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def published_rows() -> pd.DataFrame:
+    """Return published results with their sources, in the columns of `table_rows`: other data, not comparable."""
+    with files("spinelib").joinpath("published_registration.csv").open() as file:
+        return pd.read_csv(file).assign(kind="published")
+
+
+def headline_numbers(rows: pd.DataFrame) -> dict[str, float]:
+    """Return the numbers of `table_rows` by the names of metrics.json; what is unknown is left out."""
+    names = VERTEBRA_MEASURES | {name: name for name in FIELD_MEASURES}
+    values = {
+        f"ctmr.{row['method']}.{name}": float(row[measure])
+        for row in rows.to_dict("records")
+        for measure, name in names.items()
+    }
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def _kind(method):
+    if method == "ours":
+        return "ours"
+    return "baseline" if method in ("identity", "affine", "sitk_pervertebra", "elastix", "ceiling") else "network"
+
+
+def _regions(pair):
+    """Return where the CT shows what the MR shows, and where that is soft tissue; None without the true motion."""
+    if pair.field is None:
+        return None, None
+    valid = covers(pair.ct.grid, pair.field.points_mm() + pair.field.values)
+    body = warp_volume(pair.ct, pair.field, fill=-1000.0).values > _AIR_HU
+    return valid, valid & body & (pair.mr_labels.values == 0)
+
+
+def _in_mm(u, grid: VolumeGrid) -> DisplacementField:
+    """Return a field (3, R, A, S) in voxels of a grid as one in mm."""
+    return DisplacementField((np.moveaxis(u, 0, -1) @ grid.affine[:3, :3].T).astype(np.float32), grid)
