@@ -86,7 +86,7 @@ def register_polyrigid(
         Signal in any unit.
     soft : DisplacementField, optional
         A deformable registration, MR to CT, for the start of the vertebrae and for tissue far from them. By default
-        both come from a rigid alignment of the whole spine.
+        vertebrae start from a rigid alignment of the whole spine, and far tissue follows their common motion.
     valid : Volume, optional
         On the MR's grid, 1 where it was acquired; everywhere by default.
 
@@ -97,12 +97,12 @@ def register_polyrigid(
     """
     begin = time.perf_counter()
     if soft is None:
-        whole = affine_prealign(ct, ct_labels, mr)
-        starts = dict.fromkeys(_labels_of(ct_labels), whole)
-        soft = DisplacementField.rigid(whole, mr.grid)
+        starts = dict.fromkeys(_labels_of(ct_labels), affine_prealign(ct, ct_labels, mr))
     else:
         starts = vertebra_transforms(soft, ct_labels)
     transforms, flags = refine(starts, ct, ct_labels, mr, valid)
+    if soft is None:
+        soft = DisplacementField.rigid(_common_motion(transforms, ct_labels), mr.grid)
     field = blend(transforms, ct_labels, soft, mr.grid)
     return Registration(field, field.inverse(ct.grid), transforms, flags, time.perf_counter() - begin)
 
@@ -240,14 +240,18 @@ class _Bone:
     @classmethod
     def of(cls, labels, label, matrix, grid):
         """Measure a vertebra of the CT."""
-        frame = _framed(labels, labels.values == label, REACH_MM)
-        mask, spacing = frame.values == label, frame.spacing_mm
+        bone = _framed(labels, labels.values == label, 0.0)
+        spacing = bone.spacing_mm
+        margin = np.ceil(REACH_MM / spacing).astype(int)
+        mask = np.pad(bone.values == label, [(m, m) for m in margin])  # also beyond the CT, where a vertebra is cut
+        affine = bone.affine.copy()
+        affine[:3, 3] = transform_points(affine, -margin)
         outside, inside = (ndimage.distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
         half = spacing.min() / 2
         distance = torch.from_numpy(np.where(mask, half - inside, outside - half)).float()[None, None]
-        to_unit = np.diag([*(2 / (np.array(mask.shape) - 1)), 1.0]) @ np.linalg.inv(frame.affine)
+        to_unit = np.diag([*(2 / (np.array(mask.shape) - 1)), 1.0]) @ np.linalg.inv(affine)
         to_unit[:3, 3] -= 1
-        window = _window(np.linalg.inv(grid.affine) @ np.linalg.inv(matrix) @ frame.affine, mask.shape, grid.shape)
+        window = _window(np.linalg.inv(grid.affine) @ np.linalg.inv(matrix) @ affine, mask.shape, grid.shape)
         return cls(np.real(logm(matrix)), distance, to_unit[[2, 1, 0, 3]], _COVER * spacing.min(), window)
 
     def distances(self, points, left):
@@ -332,6 +336,15 @@ def _framed(volume, mask, margin_mm) -> Volume:
 
 
 # --- poses ---
+
+
+def _common_motion(transforms, ct_labels):
+    """Return the one rigid motion, MR to CT, that lies nearest to all vertebrae."""
+    ct_points = {
+        label: transform_points(ct_labels.affine, np.argwhere(ct_labels.values == label)[::9]) for label in transforms
+    }
+    mr_points = [transform_points(np.linalg.inv(transforms[label]), points) for label, points in ct_points.items()]
+    return rigid_fit(np.concatenate(mr_points), np.concatenate(list(ct_points.values())))
 
 
 def _robust_fit(x, y):

@@ -19,7 +19,7 @@ SPINE_MM, VERTEBRA_MM = 10.0, 3.0
 """How far around bone mutual information is taken: of the spine, and of one vertebra."""
 
 _SPINE_SHRINKS, _VERTEBRA_SHRINKS = (4, 2), (2, 1)
-_SPINE_STEP_MM, _VERTEBRA_STEP_MM = 2.0, 1.0
+_SPINE_STEP_MM, _VERTEBRA_STEP_MM = 2.0, 0.5
 _LEAST_STEP_MM, _STEPS, _RELAXATION = 0.01, 100, 0.7
 _LEAST_GRADIENT = 1e-8  # SimpleITK's own, 1e-4, ends the search early: mutual information is flat
 _BINS, _SEED = 32, 1

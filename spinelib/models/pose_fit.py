@@ -7,9 +7,9 @@ the MR is, and with Cauchy weights.
 
 The whole spine is placed first, by the best of many motions; then each vertebra has several candidates, refined alone
 on smoothed images; of these the chain is taken that is best with the ties of neighbours; and Levenberg-Marquardt steps
-with the regression projected out (Kaufman 1975, BIT 15:49) refine all together. The ties are soft: neighbours carry
-the tissue midway between them to nearly the same place. So a vertebra that the MR shows poorly or in part follows those
-beside it.
+with the regression projected out (Kaufman 1975, BIT 15:49) refine all together. Then every vertebra may take over its
+neighbours' motion if that explains more. The ties are soft: neighbours carry the tissue midway between them to nearly
+the same place. So a vertebra that the MR shows poorly or in part follows those beside it.
 """
 
 from dataclasses import dataclass, replace
@@ -96,11 +96,9 @@ def fit_poses(
     start = torch.from_numpy(np.linalg.inv(np.stack(list(starts.values())))).float()
     coarse, fine = (_with_chance(evidence(ct, labels, mr, valid, starts, level), start) for level in (COARSE, FINE))
     candidates = [_candidates(coarse, origin, start) for origin in (start, _together(coarse, start))]
-    placed = _best_chain(fine, torch.cat(candidates, dim=1), start)
-    sure = fine
-    for _ in range(_TURNS):
-        placed = _climb(sure, placed, start, FINE.steps)
-        sure = weighted(fine, placed)
+    placed = _settled(fine, _best_chain(fine, torch.cat(candidates, dim=1), start))
+    lent = _lent(coarse, placed)
+    placed = _settled(fine, _best_chain(fine, torch.cat([placed[:, None], lent], dim=1), start))
     before, after = (regress(fine, poses[:, None], derive=False) for poses in (start, placed))
     scores = torch.cat([1 - before.unexplained, 1 - after.unexplained, after.in_view], dim=1).clamp(min=0).numpy()
     return dict(zip(starts, map(_forward, placed.double().numpy()), strict=True)), scores
@@ -213,7 +211,19 @@ def _candidates(evidence, origin, start):
     costs = _cost(evidence, regress(evidence, trials, derive=False)) + _pull(trials, start, centres)
     kept = costs.topk(_KEPT, largest=False).indices
     placed = torch.gather(trials, 1, kept[..., None, None].expand(-1, -1, 4, 4))
-    placed = torch.cat([placed, origin[:, None]], dim=1)
+    return _refined(evidence, torch.cat([placed, origin[:, None]], dim=1))
+
+
+def _lent(evidence, placed):
+    """Return the poses (k, 2, 4, 4) that a vertebra has if it moves as a neighbour does, refined alone."""
+    order = torch.arange(len(placed))
+    beside = [placed[(order + side).clamp(0, len(placed) - 1)] for side in (-1, 1)]
+    return _refined(evidence, torch.stack(beside, dim=1))
+
+
+def _refined(evidence, placed):
+    """Return poses (k, s, 4, 4) after a few damped Gauss-Newton steps, each alone."""
+    centres = evidence.points.mean(dim=1)
     for _ in range(COARSE.steps):
         fit = regress(evidence, placed)
         step = -torch.linalg.solve(fit.normal + torch.eye(6) / NEIGHBOUR_MM**2, fit.slope)
@@ -249,6 +259,15 @@ def _grid(shifts_mm, turns_deg):
     """Return steps (s, 6): every shift with every turn about the axis to the right."""
     steps = [(*shift, turn * np.pi / 180 * LEVER_MM, 0.0, 0.0) for *shift, turn in product(*shifts_mm, turns_deg)]
     return torch.tensor(steps, dtype=torch.float32)
+
+
+def _settled(evidence, placed):
+    """Return poses (k, 4, 4) refined together, with points weighted by how well they fit in between."""
+    start = placed
+    for _ in range(_TURNS):
+        placed = _climb(evidence, placed, start, FINE.steps)
+        evidence = weighted(evidence, placed)
+    return placed
 
 
 def _climb(evidence, placed, back, steps):

@@ -24,7 +24,7 @@ from spinelib.registration_evaluation import (
     sitk_method,
 )
 
-SEEDS = range(200, 206)
+SEEDS = range(300, 306)
 VERTEBRA = ["dice", "bone_tre_mm", "rotation_error_deg", "translation_error_mm", "nonrigidity", "failed"]
 FIELD = ["soft_tre_mm", "folding_pct", "sd_log_jacobian", "inverse_consistency_mm", "cpu_s"]
 
