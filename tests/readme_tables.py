@@ -29,6 +29,7 @@ TABLES = {
     "real_vertebrae": REFERENCE / "laptop" / "tables" / "real_scans.csv",
     "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
     "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
+    "registration": REFERENCE / "laptop" / "tables" / "registration_scores.csv",
 }
 COLUMNS = {
     "headline": {
@@ -128,6 +129,18 @@ COLUMNS = {
         "hd_mm": "HD (mm)",
         "asd_mm": "ASD (mm)",
     },
+    "registration": {
+        "name": "method",
+        "dice": "Dice",
+        "bone_tre_mm": "bone (mm)",
+        "rotation_error_deg": "rotation (deg)",
+        "soft_tre_mm": "soft tissue (mm)",
+        "nonrigidity": "bending of bone",
+        "failed": "failed",
+        "folding_pct": "folded (%)",
+        "seconds": "seconds",
+        "pairs": "pairs",
+    },
     "real_ct": {
         "scan": "scan",
         "levels": "levels",
@@ -148,6 +161,9 @@ def as_markdown(name: str) -> str:
         table["shape_hd_mm"] = pd.to_numeric(table["shape_hd_mm"]).map("{:.2f}".format).replace("nan", "-")
     if name == "agreement":
         table = _angles_of_ours_and_ridge(table)
+    if name == "registration":
+        table = _with_intervals(table, ["dice", "bone_tre_mm", "rotation_error_deg", "soft_tre_mm"])
+        table["nonrigidity"] = table["nonrigidity"].map("{:.4f}".format)
     if name == "radiographs":
         table = _with_published_radiographs(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])
@@ -165,6 +181,15 @@ def _angles_of_ours_and_ridge(everybody: pd.DataFrame) -> pd.DataFrame:
     measures = ["cobb_deg", "modified_ferguson_deg", "thoracic_kyphosis_deg", "lumbar_lordosis_deg"]
     both = both[both["measure"].isin(measures) & both["method"].isin(["ridge", "ours"])]
     return both.sort_values("measure", key=lambda m: m.map(measures.index), kind="stable")
+
+
+def _with_intervals(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return a table whose `columns` are texts: mean and interval."""
+    table = table.copy()
+    for column in columns:
+        ends = table[[column, f"{column}_low", f"{column}_high"]].astype(float)
+        table[column] = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends.to_numpy()]
+    return table
 
 
 def _with_published_radiographs(table: pd.DataFrame) -> pd.DataFrame:
