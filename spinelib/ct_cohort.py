@@ -172,7 +172,7 @@ def render_ct_cohort(
     """
     root = Path(root).expanduser()
     _check_counts(counts)
-    _check_settings(root, {"seed": int(seed), "spacing_mm": _three(spacing_mm)})
+    require_same_phantom(root, {"seed": int(seed), "spacing_mm": _three(spacing_mm)})
     numbers = {
         split: [int(seed) * 1_000_000 + SPLITS.index(split) * SEEDS_PER_SPLIT + i for i in range(count)]
         for split, count in counts.items()
@@ -194,6 +194,22 @@ def render_ct_cohort(
 
 
 # --- listing ---
+
+
+def require_same_phantom(folder: Path, settings: dict) -> None:
+    """Note in a folder what is rendered into it, or compare with what was.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else.
+    """
+    there = read_json(folder / "phantom.json")
+    if there is None:
+        write_json_atomic(folder / "phantom.json", settings)
+    elif there != settings:
+        message = f"{folder} holds phantoms of {there}, given {settings}. Fix: render into another folder."
+        raise InputError(message)
 
 
 def _visible_files(root):
@@ -315,12 +331,3 @@ def _three(spacing_mm):
         message = f"spacing_mm is {spacing_mm!r}. Expected one number or three, in mm, all above 0."
         raise InputError(message)
     return np.broadcast_to(spacing, 3).astype(float).tolist()
-
-
-def _check_settings(root, settings):
-    there = read_json(root / "phantom.json")
-    if there is None:
-        write_json_atomic(root / "phantom.json", settings)
-    elif there != settings:
-        message = f"{root} holds scans of {there}, given {settings}. Fix: render into another folder."
-        raise InputError(message)

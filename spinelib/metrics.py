@@ -151,6 +151,14 @@ def bootstrap_ci(values, n: int = 2000, seed: int = 0, level: float = 0.95) -> t
     return float(values.mean()), float(low), float(high)
 
 
+def interval_columns(name: str, values) -> dict[str, float]:
+    """Return `name`, `name`_low and `name`_high: mean and bootstrap interval of what is finite, NaN if nothing is."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    triple = bootstrap_ci(values) if values.size else (float("nan"),) * 3
+    return dict(zip((name, f"{name}_low", f"{name}_high"), triple, strict=True))
+
+
 def summarise(frame: pd.DataFrame, by=None, n: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Return one row per group and numeric column of a table with one row per subject.
 

@@ -20,7 +20,7 @@ from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.imaging.radiograph_pairs import CUBE, CUBE_MM, LABELS, BiplanarSubject, cube_affine
 from spinelib.levels import LEVEL_OF_LABEL
-from spinelib.metrics import bootstrap_ci, dice, surface_errors
+from spinelib.metrics import dice, interval_columns, surface_errors
 from spinelib.models.biplanar_data import BiplanarDataset
 from spinelib.models.lifting import LiftingNet
 from spinelib.stacking import FOREGROUND, joined
@@ -222,9 +222,7 @@ def table_rows(scores: pd.DataFrame, data: str = "unseen phantoms") -> pd.DataFr
         row = {"method": method, "name": NAMES.get(method, method), "kind": kind, "data": data}
         row |= {"subjects": part["subject"].nunique(), "vertebrae": len(part), "empty": int(part["hd_mm"].isna().sum())}
         for measure in MEASURES:
-            values = part.groupby("subject")[measure].mean().dropna()
-            triple = bootstrap_ci(values) if len(values) else (np.nan,) * 3
-            row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), triple, strict=True))
+            row |= interval_columns(measure, part.groupby("subject")[measure].mean())
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -1,7 +1,6 @@
 """Training of the networks that see a vertebra in two radiographs: `spinelib train transvert`."""
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from spinelib.errors import InputError
 from spinelib.imaging.radiograph_pairs import BiplanarSubject
 from spinelib.models.biplanar import VARIANTS, load_variant, new_variant, save_variants
 from spinelib.models.biplanar_data import ANNOTATIONS, BiplanarDataset
+from spinelib.models.weights import write_card
 from spinelib.radiograph_cohort import cache_biplanar_cohort, render_biplanar_cohort
-from spinelib.record import file_sha256
 from spinelib.train import FINE_TUNING, TrainConfig, fit
 
 PARTS = 800
@@ -157,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     path = folder / "weights.safetensors"
     save_variants({args.variant: network}, path, card)
-    path.with_suffix(".json").write_text(json.dumps(card | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    write_card(path, card)
     print(f"{path}: {len(train)} subjects, {card['seconds']} s")
     return 0
 

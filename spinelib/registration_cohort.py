@@ -9,11 +9,11 @@ import torch
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
+from spinelib.ct_cohort import require_same_phantom
 from spinelib.data import keep_freed_memory
 from spinelib.errors import InputError
 from spinelib.imaging.pairs import CT_NAME, write_pair
 from spinelib.phantom.pairs import STANDARD_MIX, PairMix, sample_pair
-from spinelib.record import read_json, write_json_atomic
 
 
 def render_pair_cohort(folder, count: int, seed: int = 0, n_jobs: int = 2, mix: PairMix = STANDARD_MIX) -> list[Path]:
@@ -40,7 +40,7 @@ def render_pair_cohort(folder, count: int, seed: int = 0, n_jobs: int = 2, mix: 
         If no pair could be made, or the folder holds pairs of another mix.
     """
     folder = Path(folder).expanduser()
-    _check_settings(folder, asdict(mix))
+    require_same_phantom(folder, asdict(mix))
     seeds = range(seed, seed + count)
     results = Parallel(n_jobs, return_as="generator")(delayed(_make)(folder, number, mix) for number in seeds)
     reasons = list(tqdm(results, total=count, desc="CT/MR pairs", unit="pair", disable=None))
@@ -71,12 +71,3 @@ def _make(folder, number, mix):
     except Exception as error:  # whatever it was, it must cost one pair, not the cohort
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def _check_settings(folder, settings):
-    there = read_json(folder / "phantom.json")
-    if there is None:
-        write_json_atomic(folder / "phantom.json", settings)
-    elif there != settings:
-        message = f"{folder} holds pairs of {there}, given {settings}. Fix: render into another folder."
-        raise InputError(message)

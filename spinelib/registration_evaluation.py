@@ -17,7 +17,7 @@ from spinelib.deformation import DisplacementField, covers, warp_volume
 from spinelib.errors import InputError
 from spinelib.geometry import VolumeGrid
 from spinelib.imaging.pairs import RegistrationPair
-from spinelib.metrics import bootstrap_ci
+from spinelib.metrics import interval_columns
 from spinelib.models.ctmr import CTMRModel
 from spinelib.models.ctmr_data import working_pair
 from spinelib.polyrigid import blend, register_polyrigid
@@ -186,9 +186,7 @@ def table_rows(vertebrae: pd.DataFrame, fields: pd.DataFrame, data: str = "unsee
         own = fields[fields["method"] == method]
         for measure in MEASURES:
             values = own[measure] if measure in own else part.groupby("pair")[measure].mean()
-            values = values.dropna()
-            triple = bootstrap_ci(values) if len(values) else (np.nan,) * 3
-            row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), triple, strict=True))
+            row |= interval_columns(measure, values)
         rows.append(row)
     return pd.DataFrame(rows)
 

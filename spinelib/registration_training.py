@@ -1,7 +1,6 @@
 """Training of the networks that register CT to MR: `spinelib train ctmr`."""
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from spinelib.errors import InputError
 from spinelib.imaging.pairs import list_pairs, read_pair
 from spinelib.models.ctmr import VARIANTS, CTMRModel, held_variants, load_variant, save_variants
 from spinelib.models.ctmr_data import PairDataset, cache_pair
+from spinelib.models.weights import write_card
 from spinelib.phantom.pairs import sample_pair
-from spinelib.record import file_sha256
 from spinelib.train import TrainConfig, fit
 
 PARTS = 200
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     path = folder / "weights.safetensors"
     save_variants({args.variant: model}, path, card)
-    path.with_suffix(".json").write_text(json.dumps(card | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    write_card(path, card)
     print(f"{path}: {len(train)} pairs, {card['seconds']} s")
     return 0
 

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from spinelib.models.scan_cache import CachedScan, cache_scan, pooled
 from spinelib.models.vertebra_datasets import SPINE_STEP, LevelDataset, OutlineDataset, SpineDataset, VoteDataset
 from spinelib.models.vertebra_networks import VOTER, DistilledUNet, LevelNet, SpineFinder, VertebraUNet, VoteUNet
 from spinelib.models.vertebrae import VertebraSegmenter
+from spinelib.models.weights import write_card
 from spinelib.phantom.scan import sample_scan
-from spinelib.record import file_sha256
 from spinelib.train import FINE_TUNING, TrainConfig, fit
 
 PARTS = 400
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     path = folder / "weights.safetensors"
     segmenter.save(path)
-    path.with_suffix(".json").write_text(json.dumps(segmenter.card | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    write_card(path, segmenter.card)
     print(f"{path}: {len(train)} scans, {segmenter.card['seconds']} s")
     return 0
 

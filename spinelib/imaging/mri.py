@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, Projection, Volume, VolumeGrid
+from spinelib.imaging.mr_contrast import rician_noise
 from spinelib.imaging.physics import CORTICAL_MINERAL_G_CM3, TISSUES, dixon_signals, path_array
 from spinelib.imaging.readers import straightened
 
@@ -152,13 +153,7 @@ def _finished(water, fat, rng, bias, snr):
     in_phase = water + fat
     body = in_phase > 0.1 * in_phase.max()
     sigma = in_phase[body].mean() / snr if body.any() else 0.0
-    return tuple(_rician(v, sigma, rng) for v in (water, fat, in_phase, np.abs(water - fat)))
-
-
-def _rician(signal, sigma, rng):
-    """Magnitude of a complex signal with Gaussian noise in both parts."""
-    real = signal + sigma * rng.standard_normal(signal.shape, dtype=np.float32)
-    return np.hypot(real, sigma * rng.standard_normal(signal.shape, dtype=np.float32))
+    return tuple(rician_noise(v, sigma, rng) for v in (water, fat, in_phase, np.abs(water - fat)))
 
 
 def _bias_field(shape, bias, rng):

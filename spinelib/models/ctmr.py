@@ -14,25 +14,18 @@ aligned corners made amplitudes 1 to 2 % too small; only what both scanners have
 compared on every second voxel per axis, which changes their mean little and takes an eighth of the time.
 """
 
-import json
 from collections.abc import Mapping
-from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from spinelib.errors import InputError
 from spinelib.models.mind import mind_loss
 from spinelib.models.rigidity import orthonormality_loss, properness_loss, rigid_dice_loss, rigid_field_loss
-
-FORMAT = "spinelib-ctmr-1"
-SHIPPED_WEIGHTS = "ctmr.safetensors"
+from spinelib.models.weights import WeightsFile
 
 DIVISOR = 16
 """Sides of the images are multiples of this."""
@@ -265,89 +258,14 @@ def _check_images(moving, fixed):
         raise InputError(message)
 
 
-# --- weights ---
+WEIGHTS = WeightsFile(
+    format="spinelib-ctmr-1",
+    shipped="ctmr.safetensors",
+    new=CTMRModel,
+    train="spinelib train ctmr --render 100 --variant",
+    usual="baseline",
+)
+"""Files of trained models by the names of `VARIANTS`."""
 
-
-def save_variants(models: Mapping[str, CTMRModel], path, card: dict) -> None:
-    """Write trained models, name -> model, to one safetensors file in 16 bits; the header holds format and card.
-
-    Parameters
-    ----------
-    models : mapping of str to CTMRModel
-        Names of `VARIANTS`.
-    path : path
-    card : dict
-        What the weights are: command, data, seed, date, figures.
-    """
-    tensors = {
-        f"{name}.{key}": value.detach().cpu().half().contiguous()
-        for name, model in models.items()
-        for key, value in model.state_dict().items()
-    }
-    save_file(tensors, path, {"format": FORMAT, "variants": json.dumps(list(models)), "card": json.dumps(card)})
-
-
-def load_variant(name: str, path=None) -> CTMRModel:
-    """Return a trained model in evaluation mode; without a path, of the weights shipped with the package.
-
-    Raises
-    ------
-    InputError
-        If the name is unknown or not in the file, or the file is missing, corrupt or not made by this package.
-    """
-    model, path = CTMRModel(name), _found(path)
-    with _opened(path) as file:
-        held = json.loads(_header(file, path)["variants"])
-        if name not in held:
-            message = f"{path} holds {', '.join(map(repr, held))}, not {name!r}. {_fix(name)}"
-            raise InputError(message)
-        own = [key for key in file.keys() if key.startswith(f"{name}.")]  # noqa: SIM118
-        state = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in own}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        message = f"the weights of {name!r} in {path} do not fit the network: {error}"
-        raise InputError(message) from error
-    return model.eval()
-
-
-def read_card(path=None) -> dict:
-    """Return the card of a file of weights; raises as `load_variant` does."""
-    path = _found(path)
-    with _opened(path) as file:
-        return json.loads(_header(file, path)["card"])
-
-
-def held_variants(path=None) -> tuple[str, ...]:
-    """Return the names of the models in a file of weights; raises as `load_variant` does."""
-    path = _found(path)
-    with _opened(path) as file:
-        return tuple(json.loads(_header(file, path)["variants"]))
-
-
-def _found(path):
-    path = Path(path) if path else Path(str(files("spinelib") / "weights" / SHIPPED_WEIGHTS))
-    if not path.is_file():
-        message = f"no weights at {path}. {_fix('baseline')}"
-        raise InputError(message)
-    return path
-
-
-def _opened(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        message = f"{path} is not a readable safetensors file ({error}). {_fix('baseline')}"
-        raise InputError(message) from error
-
-
-def _header(file, path):
-    header = file.metadata() or {}
-    if header.get("format") != FORMAT:
-        message = f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}. {_fix('baseline')}"
-        raise InputError(message)
-    return header
-
-
-def _fix(name):
-    return f"Make them with: spinelib train ctmr --render 100 --variant {name} -o runs/{name}"
+SHIPPED_WEIGHTS = WEIGHTS.shipped
+save_variants, load_variant, read_card, held_variants = WEIGHTS.save, WEIGHTS.load, WEIGHTS.card, WEIGHTS.held
