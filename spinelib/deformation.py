@@ -5,8 +5,6 @@ point of the MOVING image that belongs there, and the warped image is moving(phi
 matrices are RAS+ mm; files hold LPS mm, as ITK reads them.
 """
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
+from spinelib.record import written_atomically
 
 INVERSE_TOLERANCE_MM = 1e-3
 
@@ -224,7 +223,7 @@ def write_field(path, field: DisplacementField) -> Path:
     image = nib.Nifti1Image((field.values * _LPS.astype(np.float32))[:, :, :, None], field.grid.affine)
     image.header.set_intent("vector", name="displacement")
     image.header.set_xyzt_units("mm")
-    return _atomic(path, _NIFTI, lambda draft: nib.save(image, draft))
+    return written_atomically(path, _NIFTI, lambda draft: nib.save(image, draft))
 
 
 def read_field(path) -> DisplacementField:
@@ -269,7 +268,7 @@ def write_itk_transform(path, field: DisplacementField) -> Path:
     image.SetOrigin((_LPS * field.grid.affine[:3, 3]).tolist())
     image.SetDirection(direction.ravel().tolist())
     transform = sitk.DisplacementFieldTransform(image)
-    return _atomic(path, _ITK, lambda draft: sitk.WriteTransform(transform, draft))
+    return written_atomically(path, _ITK, lambda draft: sitk.WriteTransform(transform, draft))
 
 
 # --- private ---
@@ -305,26 +304,3 @@ def _solve(field, targets):
         step[active[~better]] /= 2
         active = active[error[active] > INVERSE_TOLERANCE_MM]
     return points
-
-
-def _atomic(path, endings, write):
-    """Write beside the target and rename, so that a broken run never leaves half a file."""
-    path = Path(path)
-    ending = next((e for e in endings if path.name.lower().endswith(e)), None)
-    if ending is None:
-        message = f"expected a name ending in {' or '.join(endings)}, given {path.name}. Fix: change the ending."
-        raise InputError(message)
-    draft = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing_", suffix=ending)
-        os.close(handle)
-        write(draft)
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
-    except OSError as error:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
-        message = f"cannot write {path}: {error.strerror or error}. Fix: choose a folder you may write to."
-        raise InputError(message) from error
-    return path

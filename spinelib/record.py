@@ -8,10 +8,13 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from spinelib.errors import InputError
 
 PACKAGE_DIR = Path(__file__).parent
 
@@ -65,6 +68,44 @@ def write_text_atomic(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.part")
     draft.write_text(text, encoding="utf8")
     draft.replace(path)
+
+
+def written_atomically(path: str | Path, endings: Sequence[str], write: Callable[[str], object]) -> Path:
+    """Let `write` make a file beside the target and rename it, so that a broken run never leaves half a file.
+
+    Parameters
+    ----------
+    path : path
+        Its folder is made.
+    endings : sequence of str
+        Allowed ones, in small letters; the longest first where one ends in another.
+    write : callable
+        Gets the name of the file to make.
+
+    Raises
+    ------
+    InputError
+        For another ending, or if the file cannot be written.
+    """
+    path = Path(path)
+    ending = next((e for e in endings if path.name.lower().endswith(e)), None)
+    if ending is None:
+        message = f"expected a name ending in {' or '.join(endings)}, given {path.name}. Fix: change the ending."
+        raise InputError(message)
+    draft = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing_", suffix=ending)
+        os.close(handle)
+        write(draft)
+        Path(draft).chmod(0o644)
+        Path(draft).replace(path)
+    except OSError as error:
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
+        message = f"cannot write {path}: {error.strerror or error}. Fix: choose a folder you may write to."
+        raise InputError(message) from error
+    return path
 
 
 def write_json_atomic(path: Path, content: Any) -> None:

@@ -10,9 +10,7 @@ this order. Scaling by percentiles belongs to the model's crop. Our own projecti
 size-1 axis (right, 1, superior[, channel]) whose header description lists the channel names.
 """
 
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +23,11 @@ from scipy import ndimage
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, Projection, Volume, VolumeGrid
 from spinelib.imaging.dicom import dicom_image, dicom_series
+from spinelib.record import written_atomically
 
 SPACING_LIMITS_MM = (0.05, 10.0)
 _PICTURES = (".png", ".tif", ".tiff")
-_NIFTI = (".nii", ".nii.gz")
+_NIFTI = (".nii.gz", ".nii")
 
 
 def read_projection(path, spacing_mm: tuple[float, float] | None = None) -> Projection:
@@ -217,25 +216,7 @@ def _existing_file(path):
 
 
 def _save_nifti(path, image):
-    """Write beside the target and rename, so that a broken run never leaves half a file."""
-    path = Path(path)
-    if _suffix(path) not in _NIFTI:
-        message = f"expected an output name ending in .nii.gz or .nii, given {path.name}. Fix: change the ending."
-        raise InputError(message)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing_", suffix=_suffix(path))
-        os.close(handle)
-        nib.save(image, temporary)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        message = f"cannot write {path}: {error.strerror or error}. Fix: choose a folder you may write to."
-        raise InputError(message) from error
-    return path
+    return written_atomically(path, _NIFTI, lambda draft: nib.save(image, draft))
 
 
 # --- checks ---
