@@ -25,7 +25,7 @@ from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER, VERSE_LABELS
 from spinelib.models.pose_fit import fit_poses
-from spinelib.prealign import affine_prealign
+from spinelib.prealign import affine_prealign, rough_placement
 
 REACH_MM = 24.0
 """Beyond this distance from its surface a vertebra moves nothing."""
@@ -86,7 +86,8 @@ def register_polyrigid(
         Signal in any unit.
     soft : DisplacementField, optional
         A deformable registration, MR to CT, for the start of the vertebrae and for tissue far from them. By default
-        vertebrae start from a rigid alignment of the whole spine, and far tissue follows their common motion.
+        vertebrae start where the headers place them or where mutual information of the whole spine does, whichever
+        explains the MR better, and far tissue follows their common motion.
     valid : Volume, optional
         On the MR's grid, 1 where it was acquired; everywhere by default.
 
@@ -97,10 +98,11 @@ def register_polyrigid(
     """
     begin = time.perf_counter()
     if soft is None:
-        starts = dict.fromkeys(_labels_of(ct_labels), affine_prealign(ct, ct_labels, mr))
+        starts = dict.fromkeys(_labels_of(ct_labels), rough_placement(ct, ct_labels, mr))
+        guess = affine_prealign(ct, ct_labels, mr)
     else:
-        starts = vertebra_transforms(soft, ct_labels)
-    transforms, flags = refine(starts, ct, ct_labels, mr, valid)
+        starts, guess = vertebra_transforms(soft, ct_labels), None
+    transforms, flags = refine(starts, ct, ct_labels, mr, valid, guess)
     if soft is None:
         soft = DisplacementField.rigid(_common_motion(transforms, ct_labels), mr.grid)
     field = blend(transforms, ct_labels, soft, mr.grid)
@@ -147,7 +149,12 @@ def vertebra_transforms(field: DisplacementField, ct_labels: Volume) -> dict[int
 
 
 def refine(
-    transforms: dict[int, np.ndarray], ct: Volume, ct_labels: Volume, mr: Volume, valid: Volume | None = None
+    transforms: dict[int, np.ndarray],
+    ct: Volume,
+    ct_labels: Volume,
+    mr: Volume,
+    valid: Volume | None = None,
+    guess: np.ndarray | None = None,
 ) -> tuple[dict[int, np.ndarray], pd.DataFrame]:
     """Return better motions of all vertebrae, found in the images together (`spinelib.models.pose_fit`).
 
@@ -158,6 +165,8 @@ def refine(
     ct, ct_labels, mr : Volume
     valid : Volume, optional
         On the MR's grid, 1 where it was acquired; everywhere by default.
+    guess : ndarray (4, 4), optional
+        One more pose, of all vertebrae, to look around.
 
     Returns
     -------
@@ -172,7 +181,7 @@ def refine(
     ct, ct_labels = _thinned(ct), _thinned(ct_labels)
     near = np.isin(ct_labels.values, list(starts))
     image, labels = (_framed(volume, near, _FRAME_MM) for volume in (ct, ct_labels))
-    poses, scores = fit_poses(image, labels, mr, valid, starts)
+    poses, scores = fit_poses(image, labels, mr, valid, starts, guess)
     centres = ndimage.center_of_mass(near, ct_labels.values, list(starts))
     centres_mm = dict(zip(starts, transform_points(ct_labels.affine, centres), strict=True))
     return poses, _flags(starts, poses, scores, centres_mm)

@@ -27,11 +27,11 @@ _LEAST_OVERLAP = 0.1
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
-    """Return the rigid motion of the whole spine, MR to CT, shape (4, 4), world mm.
+def rough_placement(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
+    """Return a first motion of the whole spine, MR to CT, shape (4, 4), world mm.
 
-    Two starts are compared by their mutual information: the images as their headers place them, and the middle of the
-    CT's vertebrae laid on the middle of the MR. The better one is refined.
+    Two are compared by their mutual information: the images as their headers place them, and the middle of the CT's
+    vertebrae laid on the middle of the MR.
 
     Parameters
     ----------
@@ -42,26 +42,30 @@ def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
     Raises
     ------
     InputError
-        Without a label, or if the images share no vertebra at the result.
+        Without a label.
     """
-    bone = ct_labels.values > 0
-    if not bone.any():
-        message = "the CT labels hold no vertebra. Expected VerSe labels, 1 to 28. Fix: check the file of the labels."
-        raise InputError(message)
-    bone_mm = transform_points(ct.affine, np.argwhere(bone)[::7])
-    centre = (bone_mm.min(axis=0) + bone_mm.max(axis=0)) / 2
-    spine = _Matcher.of(ct, bone, SPINE_MM, mr, _SPINE_SHRINKS, _SPINE_STEP_MM)
-    starts = [_shift(transform_points(mr.affine, (np.array(mr.values.shape) - 1) / 2) - centre)]
-    if _share_inside(bone_mm, mr) > _LEAST_OVERLAP:
-        starts.append(np.eye(4))
-    back = spine.run(min(starts, key=lambda start: spine.cost(start, centre)), centre)
-    if _share_inside(transform_points(back, bone_mm), mr) < _LEAST_OVERLAP:
-        message = (
-            "less than a tenth of the CT's vertebrae lies in the MR image after alignment. Expected images of the "
-            "same part of the spine. Fix: check that the two files belong together."
-        )
-        raise InputError(message)
-    return np.linalg.inv(back)
+    return np.linalg.inv(_placed(ct, ct_labels, mr)[0])
+
+
+def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
+    """Return the rigid motion of the whole spine, MR to CT, shape (4, 4), world mm.
+
+    `rough_placement` is refined; it stays as it is if the search leaves the MR.
+
+    Parameters
+    ----------
+    ct, ct_labels : Volume
+        HU and VerSe labels on one grid.
+    mr : Volume
+
+    Raises
+    ------
+    InputError
+        Without a label.
+    """
+    start, spine, centre, bone_mm = _placed(ct, ct_labels, mr)
+    back = spine.run(start, centre)
+    return np.linalg.inv(back if _share_inside(transform_points(back, bone_mm), mr) >= _LEAST_OVERLAP else start)
 
 
 def per_vertebra_rigid(ct: Volume, ct_labels: Volume, mr: Volume, start: np.ndarray) -> dict[int, np.ndarray]:
@@ -137,6 +141,22 @@ class _Matcher:
         method.SetInterpolator(sitk.sitkLinear)
         method.SetInitialTransform(_euler(start, centre), inPlace=False)
         return method
+
+
+def _placed(ct, ct_labels, mr):
+    """Return the first pose, CT to MR, with what compares poses of the spine, its middle, and points of bone."""
+    bone = ct_labels.values > 0
+    if not bone.any():
+        message = "the CT labels hold no vertebra. Expected VerSe labels, 1 to 28. Fix: check the file of the labels."
+        raise InputError(message)
+    bone_mm = transform_points(ct.affine, np.argwhere(bone)[::7])
+    centre = (bone_mm.min(axis=0) + bone_mm.max(axis=0)) / 2
+    spine = _Matcher.of(ct, bone, SPINE_MM, mr, _SPINE_SHRINKS, _SPINE_STEP_MM)
+    starts = [_shift(transform_points(mr.affine, (np.array(mr.values.shape) - 1) / 2) - centre)]
+    if _share_inside(bone_mm, mr) > _LEAST_OVERLAP:
+        starts.append(np.eye(4))
+    start = min(starts, key=lambda start: spine.cost(start, centre))
+    return start, spine, centre, bone_mm
 
 
 def _image(volume) -> sitk.Image:

@@ -172,6 +172,25 @@ def test_labels_that_leave_the_field_of_view_become_background():
     assert not warp_labels(labels, away).values.any()
 
 
+def test_coarse_labels_move_by_parts_of_a_voxel():
+    coarse, fine = (VolumeGrid.from_bounds((0, 0, 0), (24, 24, 24), (mm,) * 3) for mm in (3.0, 0.5))
+    ball = np.linalg.norm(grid_points_mm(coarse) - 12, axis=-1) < 8
+    labels = Volume(ball * np.uint8(20), coarse.affine)
+    for shift in (0.5, 1.0, 1.4):
+        values = warp_labels(labels, DisplacementField(np.full((*fine.shape, 3), [shift, 0.0, 0.0]), fine)).values
+        assert set(np.unique(values)) == {0, 20}
+        centre = transform_points(fine.affine, np.argwhere(values)).mean(axis=0)
+        np.testing.assert_allclose(centre, [12 - shift, 12, 12], atol=0.05)
+
+
+def test_the_larger_share_wins_where_labels_meet():
+    grid = VolumeGrid.from_bounds((0, 0, 0), (5, 2, 2), (1.0, 1.0, 1.0))
+    values = np.full(grid.shape, 20, np.uint8)
+    values[3:] = 21
+    shift = DisplacementField(np.full((*grid.shape, 3), [0.3, 0.0, 0.0]), grid)
+    assert (warp_labels(Volume(values, grid.affine), shift).values == values).all()
+
+
 def test_resample_reads_the_same_world_point():
     source, target = oblique_grid((20, 20, 20), (2.0, 2.0, 2.0)), oblique_grid((9, 8, 7), (2.5, 1.5, 3.0))
     ramp = Volume(grid_points_mm(source) @ [1.0, -2.0, 0.5], source.affine)

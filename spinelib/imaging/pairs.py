@@ -26,7 +26,7 @@ CT_NAME, CT_MASK_NAME, MR_MASK_NAME = "ct.nii.gz", "ct_mask.nii.gz", "mr_mask.ni
 _FIELD_NAME, _TRUTH_NAME = "field.nii.gz", "transforms.json"
 _LAYOUT = f"{CT_NAME}, {CT_MASK_NAME}, mr_t1.nii.gz or mr_t2.nii.gz and, for scoring only, {MR_MASK_NAME}"
 
-_AIR_HU = -150.0  # every CT shows fat or air below it; a magnitude image has no negative values at all
+_FAT_HU = -50.0  # every CT shows fat below it; a magnitude image has no negative values at all
 _NEGATIVE_SHARE = 0.05
 _LEAST_PITCH_MM = 5.0  # from one vertebra down to the next; 14 mm in the neck of a child, less the slope
 _GRID_TOLERANCE = 0.5  # of a voxel
@@ -233,16 +233,16 @@ def _corners_mm(grid: VolumeGrid):
 
 def _check_intensities(pair):
     ct_low, mr_low = float(pair.ct.values.min()), float(pair.mr.values.min())
-    mr_like_ct = mr_low < -_NEGATIVE_SHARE * float(np.percentile(pair.mr.values, 99)) and mr_low < _AIR_HU
-    if ct_low > _AIR_HU and mr_like_ct:
+    mr_like_ct = mr_low < -_NEGATIVE_SHARE * float(np.percentile(pair.mr.values, 99)) and mr_low < _FAT_HU
+    if ct_low > _FAT_HU and mr_like_ct:
         message = (
             f"{pair.key}: CT and MR are swapped: the CT has no value below {ct_low:g}, and the MR falls to {mr_low:g} "
             "like Hounsfield units. Fix: pass the CT (with its mask) first and the MR second."
         )
         raise InputError(message)
-    if ct_low > _AIR_HU:
+    if ct_low > _FAT_HU:
         message = (
-            f"{pair.key}: expected a CT in Hounsfield units, in which fat or air lie below {_AIR_HU:g}, given values "
+            f"{pair.key}: expected a CT in Hounsfield units, in which fat lies below {_FAT_HU:g}, given values "
             f"from {ct_low:g}. Fix: pass the CT as it was exported, neither rescaled nor windowed."
         )
         raise InputError(message)

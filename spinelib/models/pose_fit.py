@@ -5,7 +5,8 @@ CT values, bone and tissue apart, and on a plane (coil shading); the share of it
 1 - R2, is made small: the correlation ratio (Roche 1998, MICCAI, LNCS 1496:1115) with overlapping classes, blurred as
 the MR is, and with Cauchy weights.
 
-The whole spine is placed first, by the best of many motions; then each vertebra has several candidates, refined alone
+The whole spine is placed first, by the best of many motions; then each vertebra has several candidates around the
+start, that place and any guess of the caller, refined alone
 on smoothed images; of these the chain is taken that is best with the ties of neighbours; and Levenberg-Marquardt steps
 with the regression projected out (Kaufman 1975, BIT 15:49) refine all together. Then every vertebra may take over its
 neighbours' motion if that explains more. The ties are soft: neighbours carry the tissue midway between them to nearly
@@ -28,10 +29,10 @@ from torch.nn.functional import grid_sample
 from spinelib.geometry import Volume
 from spinelib.models.pose_evidence import LEVER_MM, Evidence, Level, evidence
 
-NEIGHBOUR_MM = 1.5
-"""Expected distance between the places to which two neighbours carry the tissue midway between them (Student's t)."""
+NEIGHBOUR_MM = 1.0
+"""Expected distance between the places to which two neighbours carry the tissue midway between them."""
 
-START_MM = 8.0
+START_MM = 5.0
 """Expected distance of a vertebra from its start."""
 
 _LARGEST_STEP_MM = 3.0
@@ -41,7 +42,7 @@ _TRIALS_MM = ((-4.0, 0.0, 4.0), (-5.0, 0.0, 5.0), (-8.0, -4.0, 0.0, 4.0, 8.0))  
 _TRIALS_DEG = (-8.0, 0.0, 8.0)  # about the axis to the right
 _SPINE_TRIALS_MM = ((-6.0, 0.0, 6.0), (-10.0, -5.0, 0.0, 5.0, 10.0), (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0))
 _SD_OF_MEDIAN = 1.4826
-_FREEDOM = 8.0  # of Student's t: how readily two neighbours may part
+_BEND = 8.0  # squared distance, in units of NEIGHBOUR_MM, from where on neighbours that part cost linearly more
 _FEW = 500  # points of a vertebra for a rough look
 _KEPT = 5  # candidates of a vertebra
 
@@ -76,7 +77,12 @@ class Fit:
 
 
 def fit_poses(
-    ct: Volume, labels: Volume, mr: Volume, valid: Volume | None, starts: dict[int, np.ndarray]
+    ct: Volume,
+    labels: Volume,
+    mr: Volume,
+    valid: Volume | None,
+    starts: dict[int, np.ndarray],
+    guess: np.ndarray | None = None,
 ) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """Find the poses of vertebrae.
 
@@ -90,6 +96,8 @@ def fit_poses(
         On the MR's grid, 1 where it was acquired; everywhere by default.
     starts : dict of int to ndarray (4, 4)
         Rough poses, MR to CT, neighbours one after the other.
+    guess : ndarray (4, 4), optional
+        One more pose, of all vertebrae, to look around.
 
     Returns
     -------
@@ -99,7 +107,10 @@ def fit_poses(
     """
     start = torch.from_numpy(np.linalg.inv(np.stack(list(starts.values())))).float()
     coarse, fine = (_with_chance(evidence(ct, labels, mr, valid, starts, level), start) for level in (COARSE, FINE))
-    candidates = [_candidates(coarse, origin, start) for origin in (start, _together(coarse, start))]
+    origins = [start, _together(coarse, start)]
+    if guess is not None:
+        origins.append(torch.from_numpy(np.linalg.inv(guess)).float().expand_as(start))
+    candidates = [_candidates(coarse, origin, start) for origin in origins]
     placed = _settled(fine, _best_chain(fine, torch.cat(candidates, dim=1), start))
     lent = _lent(coarse, placed)
     placed = _settled(fine, _best_chain(fine, torch.cat([placed[:, None], lent], dim=1), start))
@@ -326,14 +337,14 @@ def _tie(placed, centres, i, j):
     (here, ways_i), (there, ways_j) = (_ways(points, placed[n], centres[n]) for n in (i, j))
     scale = 1 / (NEIGHBOUR_MM * len(points) ** 0.5)
     gap = scale**2 * ((here - there) ** 2).sum()
-    scale = scale / (1 + gap / _FREEDOM).sqrt()
+    scale = scale / (1 + gap / _BEND) ** 0.25
     ways = scale * torch.cat([ways_i, -ways_j], dim=-1).flatten(0, 1)
     return _parting(gap), (i, j), ways, scale * (here - there).flatten()
 
 
 def _parting(gap):
-    """Return the cost of the squared distance at which two neighbours carry the tissue between them."""
-    return 0.5 * _FREEDOM * torch.log1p(gap / _FREEDOM)
+    """Return the cost of the squared distance at which two neighbours carry the tissue between them (pseudo-Huber)."""
+    return _BEND * ((1 + gap / _BEND).sqrt() - 1)
 
 
 def _anchor(placed, back, centres, i):
