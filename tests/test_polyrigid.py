@@ -160,7 +160,7 @@ def test_vertebrae_are_found_in_images(seed, slice_mm, turn_deg):
 
 def test_a_pair_is_registered_from_nothing(found, thick):
     for turn, gap in apart(found.transforms, thick.transforms, thick).values():
-        assert turn < 2.5 and gap < 0.6  # drawn apart by 9.6 mm, against what is known of neighbours
+        assert turn < 3 and gap < 0.6  # drawn apart by 9.6 mm, against what is known of neighbours
     table = registration_errors(found.field, thick.mr_labels, thick.ct_labels, thick.field, thick.transforms)
     assert table["dice"].min() > 0.9 and table["nonrigidity"].max() < 1e-3
     assert found.field.grid == thick.mr.grid or found.field.grid.shape == thick.mr.values.shape

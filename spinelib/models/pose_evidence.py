@@ -2,7 +2,8 @@
 
 Around each vertebra the MR signal is to be told from the CT: from classes of its values, bone and tissue apart. The
 classes, not the CT, are blurred as the MR is (slices of 3 to 4 mm): blurring and linear regression commute, so thick
-slices cost sharpness but make no error.
+slices cost sharpness but make no error. The canal is left out: a CT cannot tell fluid, the brightest in a T2-weighted
+image, from other soft tissue (with it, 8 of 20 vertebrae of real CTs were lost, without it none).
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from spinelib.geometry import Volume
+from spinelib.imaging.canal import spinal_canal
 
 SHELL_MM = 4.0
 """Points are taken in bone and this far around it, but not in other bones."""
@@ -68,7 +70,8 @@ class Evidence:
 def evidence(ct: Volume, labels: Volume, mr: Volume, valid: Volume | None, starts: dict, level: Level) -> Evidence:
     """Return the evidence of a level; images and `starts` as for `pose_fit.fit_poses`."""
     widths = _point_spread(ct, mr, next(iter(starts.values())), level.sigma_mm)
-    vertebrae = [_vertebra(ct, labels, label, widths, level) for label in starts]
+    canal = spinal_canal(labels)
+    vertebrae = [_vertebra(ct, labels, canal, label, widths, level) for label in starts]
     points, classes, observations = (torch.stack(part) for part in zip(*vertebrae, strict=True))
     alike, chance = torch.ones(classes.shape[:2]), torch.ones(len(classes))
     return Evidence(points, classes, alike, *_signal(mr, valid, level.sigma_mm), observations, chance)
@@ -81,14 +84,14 @@ def _point_spread(ct, mr, pose, sigma_mm):
     return np.sqrt(np.maximum(boxes - 1, 0) / 12 + (sigma_mm / ct.spacing_mm) ** 2)
 
 
-def _vertebra(ct, labels, label, widths, level):
+def _vertebra(ct, labels, canal, label, widths, level):
     """Return points (n, 3), classes (n, c) and the number of observations of one vertebra."""
     margin = np.ceil(SHELL_MM / ct.spacing_mm + 2 * widths).astype(int)
     box = ndimage.find_objects(labels.values == label, max_label=1)[0]
     box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(box, margin, strict=True))
     names, stride = labels.values[box], np.maximum(widths.astype(int), 1)
     near = ndimage.distance_transform_edt(names != label, sampling=ct.spacing_mm) <= SHELL_MM
-    near &= (names == label) | (names == 0)
+    near &= (names == label) | ((names == 0) & ~canal[box])
     lattice = tuple(slice(None, None, int(s)) for s in stride)
     classes = torch.from_numpy(_classes(ct.values[box], names > 0))
     for axis, (width, step) in enumerate(zip(widths, stride, strict=True), start=1):

@@ -37,7 +37,7 @@ START_MM = 5.0
 
 _LARGEST_STEP_MM = 3.0
 _RIDGE, _DAMPING = 1e-4, 0.01
-_TURNS = 4  # of finding weights and poses in turn
+_TURNS = 7  # of finding weights and poses in turn
 _TRIALS_MM = ((-4.0, 0.0, 4.0), (-5.0, 0.0, 5.0), (-8.0, -4.0, 0.0, 4.0, 8.0))  # right, anterior, superior
 _TRIALS_DEG = (-8.0, 0.0, 8.0)  # about the axis to the right
 _SPINE_TRIALS_MM = ((-6.0, 0.0, 6.0), (-10.0, -5.0, 0.0, 5.0, 10.0), (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0))
@@ -46,7 +46,7 @@ _BEND = 8.0  # squared distance, in units of NEIGHBOUR_MM, from where on neighbo
 _FEW = 500  # points of a vertebra for a rough look
 _KEPT = 5  # candidates of a vertebra
 
-COARSE, FINE = Level(3.0, 1000, 5), Level(0.6, 5000, 4)
+COARSE, FINE = Level(3.0, 1000, 5), Level(0.6, 8000, 4)
 
 
 @dataclass(frozen=True)

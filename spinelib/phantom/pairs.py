@@ -24,6 +24,7 @@ from spinelib.phantom.scan_truth import visible_fraction, with_all_parts
 from spinelib.phantom.vertebra import subject_shapes
 
 CT_MM = 1.5
+BOX_MM = (96.0, 120.0, 120.0)
 LABELLED_SHARE = 0.5
 """Share of a vertebra inside the CT from which on it is labelled."""
 
@@ -71,7 +72,7 @@ class PairMix:
 STANDARD_MIX = PairMix()
 
 
-def sample_pair(seed: int, shape_mm=(96.0, 120.0, 120.0), mix: PairMix = STANDARD_MIX) -> RegistrationPair:
+def sample_pair(seed: int, shape_mm=BOX_MM, mix: PairMix = STANDARD_MIX) -> RegistrationPair:
     """Return CT and MR of a seed with their vertebrae and the motion; the same arguments give the same bytes.
 
     Parameters
@@ -100,9 +101,9 @@ def sample_pair(seed: int, shape_mm=(96.0, 120.0, 120.0), mix: PairMix = STANDAR
     subject = sample_patient(seed, rng["person"], _LYING)
     shapes = subject_shapes(subject)
     middle = subject.poses[rng["person"].integers(*(subject.index(level) for level in _MIDDLES)), :3, 3]
-    box, scene = _boxes(middle + rng["person"].uniform(-8, 8, 3) * [1, 1, 1.5] - [0, _BEHIND_MM, 0], shape_mm)
+    box, scene = pair_boxes(middle + rng["person"].uniform(-8, 8, 3) * [1, 1, 1.5] - [0, _BEHIND_MM, 0], shape_mm)
     bones = _bones_near(subject, shapes, scene)
-    motion, mr_grid = _sample_motion(streams["motion"], bones, box, mix)
+    motion, mr_grid = sample_motion(streams["motion"], bones, box, mix)
     tissue = tissue_volume(subject, shapes, scene)
     hounsfield = patient_hounsfield(tissue, subject, shapes, np.eye(4), rng["tissue"], has_table=False)
     contrast = "t2" if rng["mr"].random() < mix.t2 else "t1"
@@ -110,18 +111,40 @@ def sample_pair(seed: int, shape_mm=(96.0, 120.0, 120.0), mix: PairMix = STANDAR
     ct, ct_labels = _ct(hounsfield, tissue, subject, shapes, bones, box, rng["ct"])
     known = [label for label in bones.labels if np.any(ct_labels.values == label)]
     transforms = {label: motion.transforms[bones.labels.index(label)] for label in known}
-    points = grid_points_mm(_sheets(mr_grid))
-    if rng["mr"].random() < mix.distorted:
-        points = points + _distortion(rng["mr"], _sheets(mr_grid))
-    source, _ = motion.at(points)
-    source += points
-    mr = Volume(_mr_values(Volume(signal, scene.affine), source, mr_grid, rng["mr"]), mr_grid.affine)
-    middle = slice(SHEETS // 2, None, SHEETS)
-    field = DisplacementField(source[middle] - grid_points_mm(mr_grid), mr_grid)
-    mr_labels = Volume(_moved_labels(ct_labels, transforms, points[middle], mr_grid.spacing_mm), mr_grid.affine)
+    signal = Volume(signal, scene.affine)
+    mr, mr_labels, field = scan_moved(signal, ct_labels, transforms, motion, mr_grid, mix, rng["mr"])
     if rng["errors"].random() < mix.label_errors:
         ct_labels = Volume(with_errors(ct_labels.values, rng["errors"]), ct_labels.affine)
     return RegistrationPair(f"pair-{seed:06d}", ct, ct_labels, mr, mr_labels, field, transforms, contrast)
+
+
+def scan_moved(
+    signal: Volume, ct_labels: Volume, transforms: dict[int, np.ndarray], motion: Motion, grid: VolumeGrid, mix, rng
+) -> tuple[Volume, Volume, DisplacementField]:
+    """Return MR image, its labels and the field MR to CT of a person who lies otherwise than in the CT.
+
+    Parameters
+    ----------
+    signal : Volume
+        Of the person as in the CT, wider than what the MR shows.
+    ct_labels : Volume
+    transforms : dict of int to ndarray (4, 4)
+        Of the labelled vertebrae, MR to CT.
+    motion : Motion
+    grid : VolumeGrid
+        Of the MR image.
+    mix : PairMix
+    rng : numpy.random.Generator
+    """
+    points = grid_points_mm(_sheets(grid))
+    if rng.random() < mix.distorted:
+        points = points + _distortion(rng, _sheets(grid))
+    source, _ = motion.at(points)
+    source += points
+    mr = Volume(_mr_values(signal, source, grid, rng), grid.affine)
+    middle = slice(SHEETS // 2, None, SHEETS)
+    field = DisplacementField(source[middle] - grid_points_mm(grid), grid)
+    return mr, Volume(_moved_labels(ct_labels, transforms, points[middle], grid.spacing_mm), grid.affine), field
 
 
 def with_errors(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -151,7 +174,7 @@ def with_errors(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # --- geometry ---
 
 
-def _boxes(centre_mm, shape_mm) -> tuple[VolumeGrid, VolumeGrid]:
+def pair_boxes(centre_mm, shape_mm) -> tuple[VolumeGrid, VolumeGrid]:
     """Return the CT's grid, and a wider one on the same voxels that holds what may move into view."""
     shape = np.rint(np.asarray(shape_mm, float) / CT_MM).astype(int)
     extra = int(np.ceil(_MARGIN_MM / CT_MM))
@@ -159,6 +182,12 @@ def _boxes(centre_mm, shape_mm) -> tuple[VolumeGrid, VolumeGrid]:
     inner[:3, 3] = np.rint(np.asarray(centre_mm) - (shape - 1) / 2 * CT_MM)
     outer[:3, 3] = inner[:3, 3] - extra * CT_MM
     return VolumeGrid(tuple(shape.tolist()), inner), VolumeGrid(tuple((shape + 2 * extra).tolist()), outer)
+
+
+def inner_box(scene: VolumeGrid, box: VolumeGrid) -> tuple[slice, slice, slice]:
+    """Return where the CT's grid lies in the wider one of `pair_boxes`."""
+    extra = (np.array(scene.shape) - box.shape) // 2
+    return tuple(slice(int(e), int(e) + n) for e, n in zip(extra, box.shape, strict=True))
 
 
 def _bones_near(subject: Subject, shapes, scene: VolumeGrid) -> Bones:
@@ -175,7 +204,7 @@ def _bones_near(subject: Subject, shapes, scene: VolumeGrid) -> Bones:
     return Bones(tuple(labels[first:last]), solids[first:last], poses[first:last], joints[first : last - 1])
 
 
-def _sample_motion(stream, bones: Bones, box: VolumeGrid, mix: PairMix) -> tuple[Motion, VolumeGrid]:
+def sample_motion(stream, bones: Bones, box: VolumeGrid, mix: PairMix) -> tuple[Motion, VolumeGrid]:
     """Draw the motion and the MR's grid; where it folds, joints and soft tissue move less in the next attempt."""
     centre = box.affine[:3, 3] + (np.array(box.shape) - 1) / 2 * CT_MM
     joints, soft = np.ones(len(bones.labels) - 1), 1.0
@@ -228,8 +257,7 @@ def _ct(hounsfield, tissue, subject, shapes, bones, box, rng) -> tuple[Volume, V
     protocol = sample_protocol(rng)
     slice_mm = min(protocol.slice_mm, 2.5)
     values = acquire(hounsfield, tissue.grid.spacing_mm, replace(protocol, slice_mm=slice_mm, pitch_mm=CT_MM), rng)
-    extra = (np.array(tissue.grid.shape) - box.shape) // 2
-    inner = tuple(slice(int(e), int(e) + n) for e, n in zip(extra, box.shape, strict=True))
+    inner = inner_box(tissue.grid, box)
     labels = with_all_parts(tissue, subject, shapes, np.eye(4))[inner]
     labels[~np.isin(labels, _labelled(bones, box))] = 0
     return Volume(values[inner].copy(), box.affine), Volume(labels, box.affine)
