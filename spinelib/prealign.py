@@ -50,18 +50,7 @@ def rough_placement(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
 def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
     """Return the rigid motion of the whole spine, MR to CT, shape (4, 4), world mm.
 
-    `rough_placement` is refined; it stays as it is if the search leaves the MR.
-
-    Parameters
-    ----------
-    ct, ct_labels : Volume
-        HU and VerSe labels on one grid.
-    mr : Volume
-
-    Raises
-    ------
-    InputError
-        Without a label.
+    `rough_placement`, which has the same parameters, is refined; it stays as it is if the search leaves the MR.
     """
     start, spine, centre, bone_mm = _placed(ct, ct_labels, mr)
     back = spine.run(start, centre)

@@ -29,7 +29,6 @@ from spinelib.phantom.pairs import (
     sample_motion,
     scan_moved,
 )
-from spinelib.phantom.render import GAP_MM
 
 _FRAME_MM = 6.0  # around a mask, as far as distances to it are asked for
 _FAT_HU, _LEAN_HU, _GAS_HU, _LUNG_HU = -100.0, 20.0, -300.0, -700.0
@@ -106,14 +105,6 @@ class MaskBones:
         distances, affine = self.frames[number]
         index = transform_points(np.linalg.inv(affine), points_mm)
         return ndimage.map_coordinates(distances, np.moveaxis(index, -1, 0), order=1, mode="nearest")
-
-    def inside(self, number: int, points_mm: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        """Whether CT points belong to a vertebra: inside, and its neighbours at least `GAP_MM` farther."""
-        own = distance < 0
-        for other in (number - 1, number + 1):
-            if 0 <= other < len(self.labels):
-                own[own] = self.distance(other, points_mm[own]) - distance[own] > GAP_MM
-        return own
 
     def bounds_mm(self, number: int) -> np.ndarray:
         """Return the corners (8, 3) of a vertebra's box, CT world mm."""

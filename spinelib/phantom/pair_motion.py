@@ -57,14 +57,6 @@ class Bones:
         parts = torch.from_numpy(local.reshape(-1, 3)).split(16384)
         return torch.cat([vertebra_sdf(self.shapes[number], p)[1] for p in parts]).numpy().reshape(local.shape[:-1])
 
-    def inside(self, number: int, points_mm: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        """Whether CT points belong to a vertebra: inside, and the next vertebra at least `GAP_MM` farther."""
-        own = distance < 0
-        for other in (number - 1, number + 1):
-            if 0 <= other < len(self.labels):
-                own[own] = self.distance(other, points_mm[own]) - distance[own] > GAP_MM
-        return own
-
     def bounds_mm(self, number: int) -> np.ndarray:
         """Return the corners (8, 3) of a vertebra's box, CT world mm."""
         corners = np.stack(np.meshgrid(*self.shapes[number].bounds_mm, indexing="ij"), -1).reshape(-1, 3)
@@ -119,7 +111,16 @@ def near_bones(bones: Bones, transforms: np.ndarray, points_mm: np.ndarray, marg
         if points.size:
             source = transform_points(transform, points)
             distance = bones.distance(number, source)
-            yield window, distance, bones.inside(number, source, distance), source - points
+            yield window, distance, _belongs(bones, number, source, distance), source - points
+
+
+def _belongs(bones, number, points_mm, distance):
+    """Whether CT points belong to a vertebra: inside, and the next vertebra at least `GAP_MM` farther."""
+    own = distance < 0
+    for other in (number - 1, number + 1):
+        if 0 <= other < len(bones.labels):
+            own[own] = bones.distance(other, points_mm[own]) - distance[own] > GAP_MM
+    return own
 
 
 def sample_transforms(
