@@ -9,10 +9,11 @@ from torch import nn
 from spinelib.geometry import Volume
 from spinelib.imaging.verse import LabelledCT
 from spinelib.levels import LEVEL_ORDER
-from spinelib.models.scan_cache import cache_scan
+from spinelib.models.scan_cache import WORKING_MM, cache_scan
 from spinelib.models.scan_grid import OUTSIDE, normalised
 from spinelib.models.vertebra_datasets import VoteDataset
 from spinelib.models.vertebra_networks import VOTE_VOXELS, DistilledUNet, VoteUNet
+from spinelib.models.vertebrae import _pasted
 from spinelib.models.voting import gather, vote
 
 SHAPE, HEIGHT, COUNT = (64, 64, 96), 16, 5
@@ -56,6 +57,17 @@ def test_touching_vertebrae_come_apart(noise):
     assert not flags
     assert len(outlines) == COUNT
     assert (found == wanted)[wanted > 0].mean() > (0.999 if noise == 0 else 0.97)
+
+
+def test_the_surface_between_voxels_is_where_probability_is_one_half():
+    middle, radius = np.array([30.0, 30.0, 40.0]), 9.3
+    off = np.linalg.norm(np.moveaxis(np.indices(SHAPE), 0, -1) - middle, axis=-1)
+    probability = torch.from_numpy(1 / (1 + np.exp((off - radius) / 0.4))).float()
+    aims = torch.from_numpy(middle).float()[:, None, None, None].expand(3, *SHAPE)
+    (outline,), _ = gather(probability, aims)
+    fine = Volume(np.zeros([2 * n for n in SHAPE], np.int16), np.diag([WORKING_MM / 2] * 3 + [1.0]))
+    found = (_pasted([outline], [20], fine).values == 20).sum() / 8
+    assert found == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.02)
 
 
 def test_they_come_from_top_to_bottom():

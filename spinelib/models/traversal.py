@@ -44,7 +44,8 @@ class Outline:
     corner : ndarray (3,)
         Working index of the first voxel of its patch.
     probability : Tensor (64, 64, 64)
-        Zero outside its largest component.
+        Zero in what is rather bone than not and does not belong to it. Doubts beside it stay: on finer voxels the
+        surface lies where probability passes one half between two centres.
     centre : ndarray (3,)
         Working index of the mask's centre of mass.
     """

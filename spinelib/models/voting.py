@@ -4,13 +4,15 @@ Where votes pile up is a vertebra. From the top to the bottom, each takes the vo
 what a mark in the middle of a patch has to say voxel by voxel, but for all vertebrae of a patch at once.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from spinelib.models.scan_grid import OUTSIDE
+from spinelib.models.scan_grid import OUTSIDE, crop
 from spinelib.models.traversal import HEAT, MOST_VERTEBRAE, Outline, without_fragments
 from spinelib.models.vertebra_datasets import PATCH, SPINE_STEP
 from spinelib.models.vertebra_networks import VOTE_VOXELS, VoteUNet
@@ -50,11 +52,25 @@ def vote(net: VoteUNet, scan: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
     high = torch.minimum((hot.amax(0) + 1) * SPINE_STEP + _AROUND, torch.tensor(scan.shape)).tolist()
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     answer = sliding_window_inference(
-        scan[box][None, None], _ROI, 2, net, overlap=0.25, mode="gaussian", padding_mode="constant", cval=OUTSIDE
+        scan[box][None, None],
+        _ROI,
+        2,
+        partial(_both_ways, net),
+        overlap=0.25,
+        mode="gaussian",
+        padding_mode="constant",
+        cval=OUTSIDE,
     )[0]
     probability[box] = torch.sigmoid(answer[0]) * (scan[box] > OUTSIDE)
     aims[(slice(None), *box)] += answer[1:] * VOTE_VOXELS
     return probability, aims
+
+
+def _both_ways(net, patch):
+    """Return the mean answer for a patch (b, 1, R, A, S) and its mirror image: worth 0.004 of Dice, twice the time."""
+    answer, mirrored = net(patch).float(), net(patch.flip(2)).float().flip(2)
+    mirrored[:, 1] *= -1
+    return (answer + mirrored) / 2
 
 
 def vote_map(probability: Tensor, aims: Tensor, margin: int = 0) -> np.ndarray:
@@ -84,7 +100,7 @@ def gather(probability: Tensor, aims: Tensor) -> tuple[list[Outline], tuple[str,
     spine = _chain(centres, votes)
     apart, nearest = cKDTree(centres).query(points)
     nearest[apart > _FARTHEST] = -1
-    found = [_outline(places[nearest == number], weights[nearest == number]) for number in spine]
+    found = [_outline(places[nearest == number], probability) for number in spine]
     found = without_fragments([outline for outline in found if outline], probability.shape[2])
     return found, () if found else ("no spine found",)
 
@@ -130,16 +146,16 @@ def _piles(points, weights, votes):
     return np.array(centres).reshape(-1, 3), np.array(counts)
 
 
-def _outline(places, weights):
-    """Return voxels as an outline: the largest piece and others that are no crumbs."""
+def _outline(places, probability):
+    """Return voxels as an outline, without crumbs."""
     if len(places) < _FEWEST_VOTES:
         return None
     centre = places.mean(axis=0)
     corner = np.rint(centre - (PATCH - 1) / 2).astype(int)
     inside = ((places >= corner) & (places < corner + PATCH)).all(1)
-    values = np.zeros(_ROI, np.float32)
-    values[tuple((places[inside] - corner).T)] = weights[inside]
-    pieces, _ = ndimage.label(values > 0, np.ones((3, 3, 3)))
-    sizes = np.bincount(pieces.ravel())
-    values[sizes[pieces] < _LOOSE] = 0.0
-    return Outline(corner, torch.from_numpy(values).half(), centre)
+    own = np.zeros(_ROI, bool)
+    own[tuple((places[inside] - corner).T)] = True
+    pieces, _ = ndimage.label(own, np.ones((3, 3, 3)))
+    own &= np.bincount(pieces.ravel())[pieces] >= _LOOSE
+    around = crop(probability, corner, PATCH, 0.0)
+    return Outline(corner, (around * ((around <= 0.5) | torch.from_numpy(own))).half(), centre)
