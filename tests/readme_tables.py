@@ -30,6 +30,7 @@ TABLES = {
     "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
     "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
     "registration": REFERENCE / "laptop" / "tables" / "registration_scores.csv",
+    "real_registration": REFERENCE / "laptop" / "tables" / "real_registration_scores.csv",
 }
 COLUMNS = {
     "headline": {
@@ -141,6 +142,14 @@ COLUMNS = {
         "seconds": "seconds",
         "pairs": "pairs",
     },
+    "real_registration": {
+        "name": "method",
+        "dice": "Dice",
+        "bone_tre_mm": "bone (mm)",
+        "rotation_error_deg": "rotation (deg)",
+        "failed": "failed",
+        "pairs": "pairs",
+    },
     "real_ct": {
         "scan": "scan",
         "levels": "levels",
@@ -161,7 +170,7 @@ def as_markdown(name: str) -> str:
         table["shape_hd_mm"] = pd.to_numeric(table["shape_hd_mm"]).map("{:.2f}".format).replace("nan", "-")
     if name == "agreement":
         table = _angles_of_ours_and_ridge(table)
-    if name == "registration":
+    if name in ("registration", "real_registration"):
         table = _with_intervals(table, ["dice", "bone_tre_mm", "rotation_error_deg", "soft_tre_mm"])
         table["nonrigidity"] = table["nonrigidity"].map("{:.4f}".format)
     if name == "radiographs":

@@ -6,15 +6,15 @@ CT values, bone and tissue apart, and on a plane (coil shading); the share of it
 the MR is, and with Cauchy weights.
 
 The whole spine is placed first, by the best of many motions; then each vertebra has several candidates around the
-start, that place and any guess of the caller, refined alone
-on smoothed images; of these the chain is taken that is best with the ties of neighbours; and Levenberg-Marquardt steps
-with the regression projected out (Kaufman 1975, BIT 15:49) refine all together. Then every vertebra may take over its
-neighbours' motion if that explains more. The ties are soft: neighbours carry the tissue midway between them to nearly
-the same place. So a vertebra that the MR shows poorly or in part follows those beside it.
+start, that place and any guess of the caller, refined alone on smoothed images; of these the chain is taken that is
+best with the ties of neighbours; and Levenberg-Marquardt steps with the regression projected out (Kaufman 1975, BIT
+15:49) refine all together. Then every vertebra may take over its neighbours' motion if that explains more, and so on
+along the spine. The ties are soft: neighbours carry the tissue midway between them to nearly the same place. So a
+vertebra that the MR shows poorly or in part follows those beside it.
 
-Measured on eight phantom pairs with sagittal slices of 3 to 4 mm, 37 vertebrae, from starts 0.6 mm and 2 degrees off:
-0.34 mm and 0.8 degrees remain on average; with MIND-SSC descriptors in its place 0.50 mm and 1.1 degrees (means of
-those within 2 mm: all, and 95 %).
+Measured on 24 phantom pairs with sagittal slices of 3 to 4 mm, 105 vertebrae, placed by their headers 4.4 mm off: 0.40
+mm remain on average and none is off by more than 3 mm. On eight pairs and from starts 0.6 mm off, MIND-SSC descriptors
+in place of the regression left half as much again.
 """
 
 from dataclasses import dataclass, replace
@@ -37,6 +37,7 @@ START_MM = 5.0
 
 _LARGEST_STEP_MM = 3.0
 _RIDGE, _DAMPING = 1e-4, 0.01
+_LENDINGS = 3  # a place passes on from neighbour to neighbour
 _TURNS = 7  # of finding weights and poses in turn
 _TRIALS_MM = ((-4.0, 0.0, 4.0), (-5.0, 0.0, 5.0), (-8.0, -4.0, 0.0, 4.0, 8.0))  # right, anterior, superior
 _TRIALS_DEG = (-8.0, 0.0, 8.0)  # about the axis to the right
@@ -112,8 +113,11 @@ def fit_poses(
         origins.append(torch.from_numpy(np.linalg.inv(guess)).float().expand_as(start))
     candidates = [_candidates(coarse, origin, start) for origin in origins]
     placed = _settled(fine, _best_chain(fine, torch.cat(candidates, dim=1), start))
-    lent = _lent(coarse, placed)
-    placed = _settled(fine, _best_chain(fine, torch.cat([placed[:, None], lent], dim=1), start))
+    for _ in range(_LENDINGS):
+        better = _best_chain(fine, torch.cat([placed[:, None], _lent(coarse, placed)], dim=1), start)
+        if torch.equal(better, placed):
+            break
+        placed = _settled(fine, better)
     before, after = (regress(fine, poses[:, None], derive=False) for poses in (start, placed))
     scores = torch.cat([1 - before.unexplained, 1 - after.unexplained, after.in_view], dim=1).clamp(min=0).numpy()
     return dict(zip(starts, map(_forward, placed.double().numpy()), strict=True)), scores
@@ -230,10 +234,10 @@ def _candidates(evidence, origin, start):
 
 
 def _lent(evidence, placed):
-    """Return the poses (k, 2, 4, 4) that a vertebra has if it moves as a neighbour does, refined alone."""
+    """Return the poses (k, 4, 4, 4) of a vertebra that moves as a neighbour does, as they are and refined alone."""
     order = torch.arange(len(placed))
-    beside = [placed[(order + side).clamp(0, len(placed) - 1)] for side in (-1, 1)]
-    return _refined(evidence, torch.stack(beside, dim=1))
+    beside = torch.stack([placed[(order + side).clamp(0, len(placed) - 1)] for side in (-1, 1)], dim=1)
+    return torch.cat([beside, _refined(evidence, beside)], dim=1)
 
 
 def _refined(evidence, placed):
