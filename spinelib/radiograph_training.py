@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from spinelib.errors import InputError
 from spinelib.imaging.radiograph_pairs import BiplanarSubject
 from spinelib.models.biplanar import VARIANTS, load_variant, new_variant, save_variants
 from spinelib.models.biplanar_data import ANNOTATIONS, BiplanarDataset
-from spinelib.models.weights import write_card
+from spinelib.models.weights import finish_training
 from spinelib.radiograph_cohort import cache_biplanar_cohort, render_biplanar_cohort
 from spinelib.train import FINE_TUNING, TrainConfig, fit
 
@@ -151,13 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         "variant": args.variant,
         "annotation": args.annotation,
         "subjects": {"train": len(train), "validation": len(validation), "source": source},
-        "torch": torch.__version__,
-        "seconds": round(time.time() - started),
     }
-    path = folder / "weights.safetensors"
-    save_variants({args.variant: network}, path, card)
-    write_card(path, card)
-    print(f"{path}: {len(train)} subjects, {card['seconds']} s")
+    finish_training(folder, partial(save_variants, {args.variant: network}), card, started, f"{len(train)} subjects")
     return 0
 
 

@@ -17,7 +17,7 @@ from spinelib.errors import InputError
 from spinelib.imaging.pairs import list_pairs, read_pair
 from spinelib.models.ctmr import VARIANTS, CTMRModel, held_variants, load_variant, save_variants
 from spinelib.models.ctmr_data import PairDataset, cache_pair
-from spinelib.models.weights import write_card
+from spinelib.models.weights import finish_training
 from spinelib.phantom.pairs import sample_pair
 from spinelib.train import TrainConfig, fit
 
@@ -93,13 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         "variant": args.variant,
         "pairs": {"train": len(train), "validation": len(validation), "source": source},
         "validation": {name: float(f"{value:.4g}") for name, value in mean_terms(model, sets[1]).items()},
-        "torch": torch.__version__,
-        "seconds": round(time.time() - started),
     }
-    path = folder / "weights.safetensors"
-    save_variants({args.variant: model}, path, card)
-    write_card(path, card)
-    print(f"{path}: {len(train)} pairs, {card['seconds']} s")
+    finish_training(folder, partial(save_variants, {args.variant: model}), card, started, f"{len(train)} pairs")
     return 0
 
 

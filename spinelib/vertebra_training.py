@@ -3,6 +3,7 @@
 import argparse
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from spinelib.models.scan_cache import CachedScan, cache_scan, pooled
 from spinelib.models.vertebra_datasets import SPINE_STEP, LevelDataset, OutlineDataset, SpineDataset, VoteDataset
 from spinelib.models.vertebra_networks import VOTER, DistilledUNet, LevelNet, SpineFinder, VertebraUNet, VoteUNet
 from spinelib.models.vertebrae import VertebraSegmenter
-from spinelib.models.weights import write_card
+from spinelib.models.weights import finish_training
 from spinelib.phantom.scan import sample_scan
 from spinelib.train import FINE_TUNING, TrainConfig, fit
 
@@ -146,16 +147,13 @@ def main(argv: list[str] | None = None) -> int:
     epochs = {name: getattr(args, f"{name}_epochs") for name in _EPOCHS}
     start = VertebraSegmenter.load(args.start) if args.start else None
     segmenter = train_segmenter(train, validation, folder, epochs, args.parts, args.seed, args.workers, start)
-    segmenter.card = {
+    card = {
         "command": "spinelib train vertebrae " + " ".join(argv or []),
         "scans": {"train": len(train), "validation": len(validation), "source": source},
-        "torch": torch.__version__,
-        "seconds": round(time.time() - started),
     }
-    path = folder / "weights.safetensors"
-    segmenter.save(path)
-    write_card(path, segmenter.card)
-    print(f"{path}: {len(train)} scans, {segmenter.card['seconds']} s")
+    finish_training(
+        folder, lambda path, card: replace(segmenter, card=card).save(path), card, started, f"{len(train)} scans"
+    )
     return 0
 
 

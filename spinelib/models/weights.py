@@ -1,11 +1,13 @@
 """Files of trained networks by name: one safetensors file in 16 bits whose header holds format, names and card."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -119,10 +121,26 @@ class WeightsFile:
         return f"Make them with: {self.train} {name} -o runs/{name}"
 
 
-def write_card(path, card: dict) -> None:
-    """Write the card of a file of weights beside it as JSON, with the file's SHA-256."""
-    path = Path(path)
+def finish_training(folder, save: Callable[[Path, dict], object], card: dict, started: float, seen: str) -> None:
+    """Write what a training made to `weights.safetensors`, its card beside it as JSON with the hash, and say so.
+
+    Parameters
+    ----------
+    folder : path
+    save : callable
+        Writes the weights to a path, with a card.
+    card : dict
+        Command and data; version of torch and seconds are added.
+    started : float
+        `time.time()` at the beginning.
+    seen : str
+        How much it was trained on, for people.
+    """
+    card = card | {"torch": torch.__version__, "seconds": round(time.time() - started)}
+    path = Path(folder) / "weights.safetensors"
+    save(path, card)
     path.with_suffix(".json").write_text(json.dumps(card | {"sha256": file_sha256(path)}, indent=1) + "\n")
+    print(f"{path}: {seen}, {card['seconds']} s")
 
 
 def _narrow(value: Tensor) -> Tensor:
