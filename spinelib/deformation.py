@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.filebasedimages import ImageFileError
 from scipy.ndimage import find_objects, map_coordinates
 from scipy.spatial.transform import Rotation
@@ -66,7 +67,7 @@ class DisplacementField:
     def rigid(cls, matrix, grid: VolumeGrid) -> "DisplacementField":
         """Return the field of one 4 x 4 matrix, x -> matrix @ x in world mm."""
         points = grid_points_mm(grid)
-        return cls(transform_points(matrix, points) - points, grid)
+        return cls(apply_affine(matrix, points) - points, grid)
 
     def points_mm(self) -> np.ndarray:
         """Return the voxel centres, shape (R, A, S, 3)."""
@@ -122,7 +123,7 @@ class DisplacementField:
 def grid_points_mm(grid: VolumeGrid) -> np.ndarray:
     """Return the world position of every voxel centre, shape (R, A, S, 3)."""
     index = np.stack(np.indices(grid.shape), axis=-1)
-    return transform_points(grid.affine, index)
+    return apply_affine(grid.affine, index)
 
 
 def covers(grid: VolumeGrid, points_mm) -> np.ndarray:
@@ -177,12 +178,6 @@ def resample(volume: Volume, grid: VolumeGrid, order: int = 1, fill: float = 0.0
 
 
 # --- rigid motions ---
-
-
-def transform_points(matrix, points_mm) -> np.ndarray:
-    """Return points (..., 3) carried by a 4 x 4 matrix."""
-    matrix = np.asarray(matrix, float)
-    return np.asarray(points_mm, float) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def rigid_fit(x_mm, y_mm, weights=None) -> np.ndarray:
@@ -295,7 +290,7 @@ def write_itk_transform(path, field: DisplacementField) -> Path:
 
 
 def _index(grid, points_mm):
-    return transform_points(np.linalg.inv(grid.affine), points_mm)
+    return apply_affine(np.linalg.inv(grid.affine), points_mm)
 
 
 def _sampled(volume, points_mm, order, fill):

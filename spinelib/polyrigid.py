@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from nibabel.affines import apply_affine
 from scipy import ndimage
 from scipy.linalg import expm, logm
 from torch.nn.functional import grid_sample
 
-from spinelib.deformation import DisplacementField, grid_points_mm, rigid_fit, transform_points
+from spinelib.deformation import DisplacementField, grid_points_mm, rigid_fit
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER, VERSE_LABELS
@@ -139,7 +140,7 @@ def vertebra_transforms(field: DisplacementField, ct_labels: Volume) -> dict[int
     for label in names:
         index = np.argwhere(labels.values == label)
         index = index[:: max(1, len(index) // _MAX_VOXELS)]
-        ct_points = transform_points(labels.affine, index)
+        ct_points = apply_affine(labels.affine, index)
         mr_points = ct_points + inverse.values[tuple(index.T)]
         seen = _inside(mr_points, field.grid)
         if np.count_nonzero(seen) >= _LEAST_VOXELS:
@@ -183,7 +184,7 @@ def refine(
     image, labels = (_framed(volume, near, _FRAME_MM) for volume in (ct, ct_labels))
     poses, scores = fit_poses(image, labels, mr, valid, starts, guess)
     centres = ndimage.center_of_mass(near, ct_labels.values, list(starts))
-    centres_mm = dict(zip(starts, transform_points(ct_labels.affine, centres), strict=True))
+    centres_mm = dict(zip(starts, apply_affine(ct_labels.affine, centres), strict=True))
     return poses, _flags(starts, poses, scores, centres_mm)
 
 
@@ -254,7 +255,7 @@ class _Bone:
         margin = np.ceil(REACH_MM / spacing).astype(int)
         mask = np.pad(bone.values == label, [(m, m) for m in margin])  # also beyond the CT, where a vertebra is cut
         affine = bone.affine.copy()
-        affine[:3, 3] = transform_points(affine, -margin)
+        affine[:3, 3] = apply_affine(affine, -margin)
         outside, inside = (ndimage.distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
         half = spacing.min() / 2
         distance = torch.from_numpy(np.where(mask, half - inside, outside - half)).float()[None, None]
@@ -303,7 +304,7 @@ def _carried(matrix, points):
 def _window(to_index, shape, whole):
     """Return the slices of a grid of shape `whole` that hold a box of voxels, given voxel to index of the grid."""
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape]), -1).reshape(-1, 3)
-    index = transform_points(to_index, corners)
+    index = apply_affine(to_index, corners)
     lower = np.clip(np.floor(index.min(axis=0)).astype(int), 0, whole)
     upper = np.clip(np.ceil(index.max(axis=0)).astype(int) + 1, 0, whole)
     return tuple(map(slice, lower, upper))
@@ -340,7 +341,7 @@ def _framed(volume, mask, margin_mm) -> Volume:
     box = ndimage.find_objects(mask, max_label=1)[0]
     box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(box, margin, strict=True))
     affine = volume.affine.copy()
-    affine[:3, 3] = transform_points(volume.affine, [s.start for s in box])
+    affine[:3, 3] = apply_affine(volume.affine, [s.start for s in box])
     return Volume(volume.values[box], affine)
 
 
@@ -350,9 +351,9 @@ def _framed(volume, mask, margin_mm) -> Volume:
 def _common_motion(transforms, ct_labels):
     """Return the one rigid motion, MR to CT, that lies nearest to all vertebrae."""
     ct_points = {
-        label: transform_points(ct_labels.affine, np.argwhere(ct_labels.values == label)[::9]) for label in transforms
+        label: apply_affine(ct_labels.affine, np.argwhere(ct_labels.values == label)[::9]) for label in transforms
     }
-    mr_points = [transform_points(np.linalg.inv(transforms[label]), points) for label, points in ct_points.items()]
+    mr_points = [apply_affine(np.linalg.inv(transforms[label]), points) for label, points in ct_points.items()]
     return rigid_fit(np.concatenate(mr_points), np.concatenate(list(ct_points.values())))
 
 
@@ -360,13 +361,13 @@ def _robust_fit(x, y):
     weights = np.ones(len(x))
     for _ in range(_FIT_TURNS):
         matrix = rigid_fit(x, y, weights)
-        misfit = np.linalg.norm(transform_points(matrix, x) - y, axis=-1)
+        misfit = np.linalg.norm(apply_affine(matrix, x) - y, axis=-1)
         weights = 1 / (1 + (misfit / max(_OUTLIER_MM, np.median(misfit))) ** 2)
     return matrix
 
 
 def _inside(points, grid):
-    index = transform_points(np.linalg.inv(grid.affine), points)
+    index = apply_affine(np.linalg.inv(grid.affine), points)
     return ((index >= 0) & (index <= np.array(grid.shape) - 1)).all(axis=-1)
 
 
@@ -379,11 +380,11 @@ def _flags(starts, poses, scores, centres_mm) -> pd.DataFrame:
         neighbours = [other for i, other in enumerate(poses) if abs(i - number) == 1]
         places = [(centre + centres_mm[other]) / 2 for other in neighbours]
         gaps = [
-            np.linalg.norm(transform_points(back[label], place) - transform_points(back[other], place))
+            np.linalg.norm(apply_affine(back[label], place) - apply_affine(back[other], place))
             for other, place in zip(neighbours, places, strict=True)
         ]
         start, score, in_view = scores[number]
-        moved = transform_points(back[label], centre) - transform_points(np.linalg.inv(starts[label]), centre)
+        moved = apply_affine(back[label], centre) - apply_affine(np.linalg.inv(starts[label]), centre)
         row = {"label": label, "level": LEVEL_OF_LABEL[label], "score_start": start, "score": score}
         row |= {"in_view": in_view, "moved_mm": np.linalg.norm(moved), "apart_mm": max(gaps, default=0.0)}
         rows.append(row | {"reason": _reason(row)})

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
+from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from spinelib.deformation import transform_points
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 
@@ -54,7 +54,7 @@ def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
     """
     start, spine, centre, bone_mm = _placed(ct, ct_labels, mr)
     back = spine.run(start, centre)
-    return np.linalg.inv(back if _share_inside(transform_points(back, bone_mm), mr) >= _LEAST_OVERLAP else start)
+    return np.linalg.inv(back if _share_inside(apply_affine(back, bone_mm), mr) >= _LEAST_OVERLAP else start)
 
 
 def per_vertebra_rigid(ct: Volume, ct_labels: Volume, mr: Volume, start: np.ndarray) -> dict[int, np.ndarray]:
@@ -74,7 +74,7 @@ def per_vertebra_rigid(ct: Volume, ct_labels: Volume, mr: Volume, start: np.ndar
     back, transforms = np.linalg.inv(start), {}
     for label in (int(value) for value in np.unique(ct_labels.values) if value):
         bone = ct_labels.values == label
-        centre = transform_points(ct.affine, np.argwhere(bone).mean(axis=0))
+        centre = apply_affine(ct.affine, np.argwhere(bone).mean(axis=0))
         vertebra = _Matcher.of(ct, bone, VERTEBRA_MM, mr, _VERTEBRA_SHRINKS, _VERTEBRA_STEP_MM)
         try:
             transforms[label] = np.linalg.inv(vertebra.run(back, centre))
@@ -100,7 +100,7 @@ class _Matcher:
         box = ndimage.find_objects(bone, max_label=1)[0]
         box = tuple(slice(max(s.start - g, 0), s.stop + g) for s, g in zip(box, grown, strict=True))
         affine = ct.affine.copy()
-        affine[:3, 3] = transform_points(ct.affine, [s.start for s in box])
+        affine[:3, 3] = apply_affine(ct.affine, [s.start for s in box])
         near = ndimage.distance_transform_edt(~bone[box], sampling=ct.spacing_mm) <= margin_mm
         images = (Volume(ct.values[box].astype(np.float32), affine), Volume(near.astype(np.uint8), affine))
         moving = _image(Volume(mr.values.astype(np.float32), mr.affine))
@@ -138,10 +138,10 @@ def _placed(ct, ct_labels, mr):
     if not bone.any():
         message = "the CT labels hold no vertebra. Expected VerSe labels, 1 to 28. Fix: check the file of the labels."
         raise InputError(message)
-    bone_mm = transform_points(ct.affine, np.argwhere(bone)[::7])
+    bone_mm = apply_affine(ct.affine, np.argwhere(bone)[::7])
     centre = (bone_mm.min(axis=0) + bone_mm.max(axis=0)) / 2
     spine = _Matcher.of(ct, bone, SPINE_MM, mr, _SPINE_SHRINKS, _SPINE_STEP_MM)
-    starts = [_shift(transform_points(mr.affine, (np.array(mr.values.shape) - 1) / 2) - centre)]
+    starts = [_shift(apply_affine(mr.affine, (np.array(mr.values.shape) - 1) / 2) - centre)]
     if _share_inside(bone_mm, mr) > _LEAST_OVERLAP:
         starts.append(np.eye(4))
     start = min(starts, key=lambda start: spine.cost(start, centre))
@@ -163,7 +163,7 @@ def _euler(matrix, centre) -> sitk.Euler3DTransform:
     transform = sitk.Euler3DTransform()
     transform.SetCenter(centre.tolist())
     transform.SetMatrix(matrix[:3, :3].ravel().tolist(), 1e-6)
-    transform.SetTranslation((transform_points(matrix, centre) - centre).tolist())
+    transform.SetTranslation((apply_affine(matrix, centre) - centre).tolist())
     return transform
 
 
@@ -183,5 +183,5 @@ def _shift(offset) -> np.ndarray:
 
 
 def _share_inside(points, volume) -> float:
-    index = transform_points(np.linalg.inv(volume.affine), points)
+    index = apply_affine(np.linalg.inv(volume.affine), points)
     return float(((index >= 0) & (index <= np.array(volume.values.shape) - 1)).all(axis=-1).mean())

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from nibabel.affines import apply_affine
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from spinelib.deformation import DisplacementField, transform_points, warp_labels
+from spinelib.deformation import DisplacementField, warp_labels
 from spinelib.errors import InputError
 from spinelib.figures import OTHER, PREDICTED, TRUTH, in_true_proportions, mesh_trace, name_and_unit, with_unit
 from spinelib.geometry import Volume
@@ -160,9 +161,9 @@ def pose_table(transforms: Mapping[int, np.ndarray], ct_labels: Volume) -> pd.Da
     """
     rows = []
     for label, matrix in transforms.items():
-        centre = transform_points(ct_labels.affine, np.argwhere(ct_labels.values == label).mean(axis=0))
+        centre = apply_affine(ct_labels.affine, np.argwhere(ct_labels.values == label).mean(axis=0))
         turn = Rotation.from_matrix(np.asarray(matrix)[:3, :3]).as_rotvec(degrees=True)
-        way = centre - transform_points(np.linalg.inv(matrix), centre)
+        way = centre - apply_affine(np.linalg.inv(matrix), centre)
         row = {"label": label, "level": LEVEL_OF_LABEL[label]}
         row |= {f"rotation_{name}_deg": value for name, value in zip(DIRECTIONS, turn, strict=True)}
         rows.append(row | {f"translation_{name}_mm": value for name, value in zip(DIRECTIONS, way, strict=True)})
@@ -346,7 +347,7 @@ def _outline(axes, labels, view, points, colour, style, width):
     boxes = ndimage.find_objects(labels.values)
     for label, box in ((label, box) for label, box in enumerate(boxes, start=1) if box is not None):
         affine = labels.affine.copy()
-        affine[:3, 3] = transform_points(labels.affine, [side.start - 1 for side in box])
+        affine[:3, 3] = apply_affine(labels.affine, [side.start - 1 for side in box])
         # Linear between voxels: the outlines of thick slices are smooth then.
         share = sampled(Volume(np.pad(labels.values[box] == label, 1).astype(np.float32), affine), points, order=1)
         if share.min() < 0.5 < share.max():

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool
+from nibabel.affines import apply_affine
 from scipy.ndimage import binary_erosion
 
-from spinelib.deformation import DisplacementField, covers, rigid_fit, rotation_deg, transform_points, warp_labels
+from spinelib.deformation import DisplacementField, covers, rigid_fit, rotation_deg, warp_labels
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER
@@ -181,7 +182,7 @@ def _known(x_mm, truth, matrix) -> _Known:
         points = truth.moved(x_mm)
         return _Known(points, _fit(x_mm, points) if matrix is None else np.asarray(matrix, float))
     if matrix is not None:
-        return _Known(transform_points(matrix, x_mm), np.asarray(matrix, float))
+        return _Known(apply_affine(matrix, x_mm), np.asarray(matrix, float))
     return _Known(np.full_like(x_mm, np.nan), None)
 
 
@@ -202,11 +203,11 @@ def _pose_errors(motion, known):
     errors = dict.fromkeys(("rotation_error_deg", "translation_error_mm", "procrustes_residual_mm"), float("nan"))
     if motion.matrix is None:
         return errors
-    residual = transform_points(motion.matrix, motion.x_mm) - motion.y_mm
+    residual = apply_affine(motion.matrix, motion.x_mm) - motion.y_mm
     errors["procrustes_residual_mm"] = float(np.sqrt((residual**2).sum(axis=-1).mean()))
     if known.matrix is not None:
         centroid = motion.x_mm.mean(axis=0)
-        offset = transform_points(motion.matrix, centroid) - transform_points(known.matrix, centroid)
+        offset = apply_affine(motion.matrix, centroid) - apply_affine(known.matrix, centroid)
         errors["rotation_error_deg"] = rotation_deg(motion.matrix[:3, :3] @ known.matrix[:3, :3].T)
         errors["translation_error_mm"] = float(np.linalg.norm(offset))
     return errors
@@ -239,7 +240,7 @@ def _inconsistency_mm(field, backward, valid):
 
 
 def _points(field, mask):
-    return transform_points(field.grid.affine, np.argwhere(mask))
+    return apply_affine(field.grid.affine, np.argwhere(mask))
 
 
 def _mean(values):

@@ -8,10 +8,11 @@ other bone, by distances to the boxes themselves. Nothing in the truth is interp
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
-from spinelib.deformation import DisplacementField, grid_points_mm, transform_points
+from spinelib.deformation import DisplacementField, grid_points_mm
 from spinelib.geometry import Volume, VolumeGrid
 
 UPPER, LOWER = 22, 23
@@ -124,7 +125,7 @@ def _grid(spacing) -> VolumeGrid:
 
 def _displacement(points, transforms):
     """Return the true displacement of MR points."""
-    moved = {label: transform_points(matrix, points) for label, matrix in transforms.items()}
+    moved = {label: apply_affine(matrix, points) for label, matrix in transforms.items()}
     weights = {label: (_distance(there, label) + 1e-9) ** -2.0 for label, there in moved.items()}
     total = sum(weights.values()) + _REACH_MM**-2.0
     return sum((weights[label] / total)[..., None] * (moved[label] - points) for label in transforms)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nibabel.affines import apply_affine
 from registration_cases import HARD, LOWER, UPPER, true_transforms, two_vertebrae
 from scipy.ndimage import binary_erosion
 from scipy.spatial.transform import Rotation
 
-from spinelib.deformation import DisplacementField, rotation_deg, transform_points, warp_labels
+from spinelib.deformation import DisplacementField, rotation_deg, warp_labels
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.polyrigid import blend, refine, register_polyrigid, vertebra_transforms
@@ -42,8 +43,8 @@ def apart(transforms, truth, case):
     """Return the turn in degrees and the mean distance over the bone in mm between two motions of each vertebra."""
     errors = {}
     for label, matrix in transforms.items():
-        points = transform_points(case.mr.affine, np.argwhere(case.mr_labels.values == label))
-        gap = transform_points(matrix, points) - transform_points(truth[label], points)
+        points = apply_affine(case.mr.affine, np.argwhere(case.mr_labels.values == label))
+        gap = apply_affine(matrix, points) - apply_affine(truth[label], points)
         turn = rotation_deg(matrix @ np.linalg.inv(truth[label]))
         errors[label] = (turn, np.linalg.norm(gap, axis=-1).mean())
     return errors

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from nibabel.affines import apply_affine
 from registration_cases import LOWER, UPPER, two_vertebrae
 from scipy.spatial.transform import Rotation
 
-from spinelib.deformation import rotation_deg, transform_points
+from spinelib.deformation import rotation_deg
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.prealign import affine_prealign, per_vertebra_rigid
@@ -30,9 +31,9 @@ def motion(degrees, shift_mm):
 
 
 def bone_gap_mm(found, truth, case):
-    points = transform_points(case.mr.affine, np.argwhere(case.mr_labels.values > 0))
-    points = transform_points(np.linalg.inv(truth), points)
-    return np.linalg.norm(transform_points(found, points) - transform_points(truth, points), axis=-1).mean()
+    points = apply_affine(case.mr.affine, np.argwhere(case.mr_labels.values > 0))
+    points = apply_affine(np.linalg.inv(truth), points)
+    return np.linalg.norm(apply_affine(found, points) - apply_affine(truth, points), axis=-1).mean()
 
 
 @pytest.mark.parametrize("shift", [(3.0, -4.0, 5.0), (150.0, -80.0, 200.0)])
@@ -52,8 +53,8 @@ def test_each_vertebra_is_found_from_a_common_start():
     assert set(found) == {UPPER, LOWER}
     for label, matrix in found.items():
         truth = case.transforms[label]
-        bone = transform_points(case.mr.affine, np.argwhere(case.mr_labels.values == label))
-        before, after = (transform_points(m, bone) - transform_points(truth, bone) for m in (np.eye(4), matrix))
+        bone = apply_affine(case.mr.affine, np.argwhere(case.mr_labels.values == label))
+        before, after = (apply_affine(m, bone) - apply_affine(truth, bone) for m in (np.eye(4), matrix))
         assert np.linalg.norm(after, axis=-1).mean() < 0.6 < 1.5 < np.linalg.norm(before, axis=-1).mean()
         np.testing.assert_allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-6)
 

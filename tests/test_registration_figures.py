@@ -8,12 +8,13 @@ import trimesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
+from nibabel.affines import apply_affine
 from registration_cases import LOWER, UPPER, two_vertebrae
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial.transform import Rotation
 
 from spinelib import registration_figures as figures
-from spinelib.deformation import DisplacementField, transform_points
+from spinelib.deformation import DisplacementField
 from spinelib.errors import InputError
 from spinelib.figures import PREDICTED, TRUTH
 from spinelib.geometry import Volume, VolumeGrid
@@ -223,7 +224,7 @@ def test_vertebrae_are_carried_to_the_mr(case):
     assert {t.visible for t in groups["MR"]} == {"legendonly"}
     for label, before, after in zip((UPPER, LOWER), groups["CT, before"], groups["CT, after"], strict=True):
         centres = [surface(trace).center_mass for trace in (before, after)]
-        np.testing.assert_allclose(transform_points(case.transforms[label], centres[1]), centres[0], atol=0.2)
+        np.testing.assert_allclose(apply_affine(case.transforms[label], centres[1]), centres[0], atol=0.2)
     assert len(figures.vertebrae_before_after(case.ct_labels, case.transforms).data) == 5
     assert set(vertebra_meshes(case.ct_labels)) == {"L3", "L4"}
 
@@ -244,6 +245,6 @@ def test_views_follow_turned_grids(case):
     figure = figures.overlay(mr, case.ct_labels, DisplacementField.rigid(np.linalg.inv(turn), grid))
     for label in (UPPER, LOWER):
         mask = np.argwhere(case.ct_labels.values == label).mean(axis=0)
-        place = transform_points(turn, transform_points(case.ct.affine, mask))
+        place = apply_affine(turn, apply_affine(case.ct.affine, mask))
         line = lines_of(figure.axes[0], PREDICTED)
         assert np.abs(line[:, 1] - place[2]).min() < 12

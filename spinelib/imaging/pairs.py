@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from spinelib.deformation import DisplacementField, read_field, transform_points, write_field
+from spinelib.deformation import DisplacementField, read_field, write_field
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.readers import read_volume, write_volume
@@ -225,7 +226,7 @@ def _on_grid(labels, image, mask_path, image_path) -> Volume:
 
 def _corners_mm(grid: VolumeGrid):
     ends = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], indexing="ij"), -1).reshape(-1, 3)
-    return transform_points(grid.affine, ends)
+    return apply_affine(grid.affine, ends)
 
 
 # --- checks ---
@@ -277,7 +278,7 @@ def _check_orientation(labels, key, modality):
 
 
 def _centre_mm(labels, label):
-    return transform_points(labels.affine, np.argwhere(labels.values == label).mean(0))
+    return apply_affine(labels.affine, np.argwhere(labels.values == label).mean(0))
 
 
 def _body_in_front_mm(labels, label) -> float | None:
@@ -305,8 +306,8 @@ def _check_overlap(pair):
 
 def _meets(labels, label, image) -> bool:
     """Whether a part of a vertebra lies inside an image."""
-    points = transform_points(labels.affine, np.argwhere(labels.values == label))
-    index = transform_points(np.linalg.inv(image.affine), points)
+    points = apply_affine(labels.affine, np.argwhere(labels.values == label))
+    index = apply_affine(np.linalg.inv(image.affine), points)
     return bool(np.any(np.all((index >= -0.5) & (index <= np.array(image.values.shape) - 0.5), axis=1)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from spinelib.deformation import covers, grid_points_mm, resample, transform_points
+from spinelib.deformation import covers, grid_points_mm, resample
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.pairs import RegistrationPair, vertebra_labels
@@ -194,7 +195,7 @@ class PairDataset(Dataset):
 
 def _working_grid(pair):
     labelled = np.isin(pair.ct_labels.values, vertebra_labels(pair.ct_labels))
-    points = transform_points(pair.ct_labels.affine, np.argwhere(labelled))
+    points = apply_affine(pair.ct_labels.affine, np.argwhere(labelled))
     points = points[covers(pair.mr.grid, points)]
     if not len(points):
         message = f"{pair.key}: no labelled vertebra lies inside the MR. Fix: lay the MR over the CT first."
@@ -211,7 +212,7 @@ def _working_grid(pair):
 
 def _corners_mm(grid):
     ends = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], indexing="ij"), -1)
-    return transform_points(grid.affine, ends.reshape(-1, 3))
+    return apply_affine(grid.affine, ends.reshape(-1, 3))
 
 
 def _smoothed(volume):

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from spinelib.deformation import DisplacementField, resample, transform_points, warp_labels
+from spinelib.deformation import DisplacementField, resample, warp_labels
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.imaging.canal import spinal_canal
@@ -83,7 +84,7 @@ class MaskBones:
         order = vertebra_labels(labels)
         middles = ndimage.center_of_mass(labels.values > 0, labels.values, order)
         poses = np.tile(np.eye(4), (len(order), 1, 1))
-        poses[:, :3, 3] = transform_points(labels.affine, middles)
+        poses[:, :3, 3] = apply_affine(labels.affine, middles)
         return cls(tuple(order), labels, poses, (poses[1:, :3, 3] + poses[:-1, :3, 3]) / 2)
 
     @cached_property
@@ -96,21 +97,21 @@ class MaskBones:
             mask = np.pad(self.values.values[box] == label, [(m, m) for m in margin])
             outside, inside = (ndimage.distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
             affine = self.values.affine.copy()
-            affine[:3, 3] = transform_points(affine, np.array([s.start for s in box]) - margin)
+            affine[:3, 3] = apply_affine(affine, np.array([s.start for s in box]) - margin)
             found.append((np.where(mask, 0.5 * spacing.min() - inside, outside - 0.5 * spacing.min()), affine))
         return found
 
     def distance(self, number: int, points_mm: np.ndarray) -> np.ndarray:
         """Return the signed distance (mm) of CT points (..., 3) to a vertebra, at most about `_FRAME_MM`."""
         distances, affine = self.frames[number]
-        index = transform_points(np.linalg.inv(affine), points_mm)
+        index = apply_affine(np.linalg.inv(affine), points_mm)
         return ndimage.map_coordinates(distances, np.moveaxis(index, -1, 0), order=1, mode="nearest")
 
     def bounds_mm(self, number: int) -> np.ndarray:
         """Return the corners (8, 3) of a vertebra's box, CT world mm."""
         distances, affine = self.frames[number]
         ends = np.stack(np.meshgrid(*[(0, n - 1) for n in distances.shape], indexing="ij"), -1).reshape(-1, 3)
-        return transform_points(affine, ends)
+        return apply_affine(affine, ends)
 
 
 def signal_of_ct(hounsfield: Volume, labels: Volume, contrast: str, rng: np.random.Generator) -> np.ndarray:
@@ -145,7 +146,7 @@ def signal_of_ct(hounsfield: Volume, labels: Volume, contrast: str, rng: np.rand
 
 
 def _pair(ct, labels, middle, key, seed, mix):
-    centre = transform_points(labels.affine, np.argwhere(labels.values == middle).mean(axis=0))
+    centre = apply_affine(labels.affine, np.argwhere(labels.values == middle).mean(axis=0))
     box, scene = pair_boxes(centre, BOX_MM)
     hounsfield = resample(ct, scene, fill=-1000.0)
     names = warp_labels(labels, DisplacementField.zero(scene))

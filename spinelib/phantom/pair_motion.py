@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import cg
 from scipy.spatial.transform import Rotation
 
-from spinelib.deformation import DisplacementField, grid_points_mm, transform_points
+from spinelib.deformation import DisplacementField, grid_points_mm
 from spinelib.geometry import VolumeGrid
 from spinelib.phantom.fields import smooth_field
 from spinelib.phantom.render import GAP_MM
@@ -53,14 +54,14 @@ class Bones:
 
     def distance(self, number: int, points_mm: np.ndarray) -> np.ndarray:
         """Return the signed distance (mm) of CT points (..., 3) to a vertebra."""
-        local = transform_points(np.linalg.inv(self.poses[number]), points_mm).astype(np.float32)
+        local = apply_affine(np.linalg.inv(self.poses[number]), points_mm).astype(np.float32)
         parts = torch.from_numpy(local.reshape(-1, 3)).split(16384)
         return torch.cat([vertebra_sdf(self.shapes[number], p)[1] for p in parts]).numpy().reshape(local.shape[:-1])
 
     def bounds_mm(self, number: int) -> np.ndarray:
         """Return the corners (8, 3) of a vertebra's box, CT world mm."""
         corners = np.stack(np.meshgrid(*self.shapes[number].bounds_mm, indexing="ij"), -1).reshape(-1, 3)
-        return transform_points(self.poses[number], corners)
+        return apply_affine(self.poses[number], corners)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def near_bones(bones: Bones, transforms: np.ndarray, points_mm: np.ndarray, marg
     """Yield (window, distance, inside, displacement) of every bone near MR points (R, A, S, 3) of a box."""
     axes = points_mm[:, 0, 0, 0], points_mm[0, :, 0, 1], points_mm[0, 0, :, 2]
     for number, transform in enumerate(transforms):
-        corners = transform_points(np.linalg.inv(transform), bones.bounds_mm(number))
+        corners = apply_affine(np.linalg.inv(transform), bones.bounds_mm(number))
         low, high = corners.min(0) - margin_mm, corners.max(0) + margin_mm
         window = tuple(slice(*np.searchsorted(a, [b, c])) for a, b, c in zip(axes, low, high, strict=True))
         points = points_mm[window]
         if points.size:
-            source = transform_points(transform, points)
+            source = apply_affine(transform, points)
             distance = bones.distance(number, source)
             yield window, distance, _belongs(bones, number, source, distance), source - points
 
@@ -243,7 +244,7 @@ def _bent(bones, transforms, points_mm) -> np.ndarray:
 def _heights_mm(transforms, bones) -> np.ndarray:
     """Return the heights (n,) of the bones in the MR."""
     return np.array(
-        [transform_points(np.linalg.inv(t), pose[:3, 3])[2] for t, pose in zip(transforms, bones.poses, strict=True)]
+        [apply_affine(np.linalg.inv(t), pose[:3, 3])[2] for t, pose in zip(transforms, bones.poses, strict=True)]
     )
 
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from spinelib.deformation import DisplacementField, grid_points_mm, transform_points
+from spinelib.deformation import DisplacementField, grid_points_mm
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.ct import acquire
@@ -198,7 +199,7 @@ def _bones_near(subject: Subject, shapes, scene: VolumeGrid) -> Bones:
     depth = np.nan_to_num(subject.dims["endplate_depth_mm"], nan=0.0)
     below = 0.5 * (subject.dims["height_posterior_mm"] + subject.dims["disc_below_mm"])
     pivots = np.stack([0 * depth, -0.25 * depth, -below], axis=1)  # behind the middle of the disc
-    joints = np.array([transform_points(pose, pivot) for pose, pivot in zip(subject.poses, pivots, strict=True)])
+    joints = np.array([apply_affine(pose, pivot) for pose, pivot in zip(subject.poses, pivots, strict=True)])
     seen = [i for i in range(len(labels)) if visible_fraction(solids[i], poses[i], scene) > 0]
     first, last = seen[0], seen[-1] + 1
     return Bones(tuple(labels[first:last]), solids[first:last], poses[first:last], joints[first : last - 1])
@@ -217,7 +218,7 @@ def sample_motion(stream, bones: Bones, box: VolumeGrid, mix: PairMix) -> tuple[
         folded = np.argwhere((np.linalg.det(DisplacementField(shift, grid).jacobian()) <= FOLDED) | (claims > 1))
         if not len(folded):
             return motion, grid
-        joints[_nearest_joints(bones, transforms, transform_points(grid.affine, folded))] *= 0.75
+        joints[_nearest_joints(bones, transforms, apply_affine(grid.affine, folded))] *= 0.75
         soft *= 0.9
     message = "no motion without folds was found. Fix: pass a smaller motion in PairMix, or another seed."
     raise InputError(message)
@@ -225,7 +226,7 @@ def sample_motion(stream, bones: Bones, box: VolumeGrid, mix: PairMix) -> tuple[
 
 def _nearest_joints(bones, transforms, points_mm) -> np.ndarray:
     """Return the joints nearest to MR points, and those beside them, in height."""
-    heights = [transform_points(np.linalg.inv(t), j)[2] for t, j in zip(transforms, bones.joints_mm, strict=False)]
+    heights = [apply_affine(np.linalg.inv(t), j)[2] for t, j in zip(transforms, bones.joints_mm, strict=False)]
     nearest = np.abs(points_mm[:, 2, None] - np.array(heights)).argmin(axis=1)
     return np.unique(np.clip(nearest[:, None] + [-1, 0, 1], 0, len(heights) - 1))
 
@@ -233,7 +234,7 @@ def _nearest_joints(bones, transforms, points_mm) -> np.ndarray:
 def _mr_grid(rng, bones, transforms, box, centre_mm, mix) -> VolumeGrid:
     """Draw sagittal slices around the place of the CT's box; the field of view may be cut from one side."""
     nearest = int(np.argmin(np.linalg.norm(bones.poses[:, :3, 3] - centre_mm, axis=1)))
-    centre = transform_points(np.linalg.inv(transforms[nearest]), centre_mm) + rng.uniform(-4, 4, 3)
+    centre = apply_affine(np.linalg.inv(transforms[nearest]), centre_mm) + rng.uniform(-4, 4, 3)
     pixel, pitch = rng.uniform(0.9, 1.1), rng.uniform(3.0, 4.0)
     size = CT_MM * np.array(box.shape) * rng.uniform([0.75, 0.94, 0.94], [0.95, 1.06, 1.06])
     low, high = centre - size / 2, centre + size / 2
@@ -265,7 +266,7 @@ def _ct(hounsfield, tissue, subject, shapes, bones, box, rng) -> tuple[Volume, V
 
 def _mr_values(signal: Volume, source_mm, grid: VolumeGrid, rng) -> np.ndarray:
     """Scan the moved person: signal at the CT points `source_mm` of all sheets, slices, coil and noise."""
-    index = transform_points(np.linalg.inv(signal.affine), source_mm)
+    index = apply_affine(np.linalg.inv(signal.affine), source_mm)
     values = ndimage.map_coordinates(signal.values, np.moveaxis(index, -1, 0), order=1, mode="nearest")
     values = slice_average(values, SHEETS) * _sensitivity(rng, grid)
     body = values > 0.1 * np.percentile(values, 99)
@@ -281,7 +282,7 @@ def _moved_labels(labels: Volume, transforms, points_mm, spacing_mm) -> np.ndarr
     """
     result, best = np.zeros(points_mm.shape[:3], np.uint8), np.full(points_mm.shape[:3], 0.5, np.float32)
     for label, transform in transforms.items():
-        index = transform_points(np.linalg.inv(labels.affine) @ transform, points_mm)
+        index = apply_affine(np.linalg.inv(labels.affine) @ transform, points_mm)
         mask = (labels.values == label).astype(np.float32)
         box = ndimage.find_objects((labels.values == label).astype(np.uint8))[0]
         near = np.all(
