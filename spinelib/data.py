@@ -18,7 +18,7 @@ from spinelib.geometry import Projection, Volume
 from spinelib.imaging.readers import read_projection, read_volume, write_projection, write_volume
 from spinelib.phantom.cohort import render_case
 from spinelib.phantom.population import describe
-from spinelib.record import file_sha256, run_folder
+from spinelib.record import file_sha256, run_folder, write_text_atomic
 from spinelib.spine import Curves
 
 MODALITIES = ("dxa", "dxa_mask", "mri", "mri_mask", "curves", "extended_curves", "column_mask")
@@ -229,9 +229,7 @@ def _make_subject(folder, seed, index, mix):
     except Exception as error:  # whatever it was, it must cost one subject, not the cohort
         return {"subject_key": key, "stage": "render", "reason": f"{type(error).__name__}: {error}"}
     row |= {"cpu_s": time.process_time() - start, "stage": "", "reason": ""}
-    part = done.with_suffix(".part")
-    pd.Series(row).to_json(part)
-    part.replace(done)
+    write_text_atomic(done, pd.Series(row).to_json())
     return row
 
 

@@ -177,6 +177,16 @@ def resample(volume: Volume, grid: VolumeGrid, order: int = 1, fill: float = 0.0
     return Volume(_sampled(volume, grid_points_mm(grid), order, fill), grid.affine)
 
 
+def framed(volume: Volume, mask: np.ndarray, margin_mm: float = 0.0) -> Volume:
+    """Return the part of a volume (R, A, S) in the box around a mask of its shape, and `margin_mm` around the box."""
+    margin = np.ceil(margin_mm / volume.spacing_mm).astype(int)
+    box = find_objects(mask, max_label=1)[0]
+    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(box, margin, strict=True))
+    affine = volume.affine.copy()
+    affine[:3, 3] = apply_affine(volume.affine, [s.start for s in box])
+    return Volume(volume.values[box], affine)
+
+
 # --- rigid motions ---
 
 

@@ -171,6 +171,11 @@ class VolumeGrid:
         """Voxel size, shape (3,)."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
+    def corners_mm(self) -> np.ndarray:
+        """World coordinates of the outermost voxel centres, shape (8, 3)."""
+        index = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij")).reshape(3, -1)
+        return (self.affine[:3, :3] @ index + self.affine[:3, 3:]).T
+
     def axes_mm(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """World coordinates along each axis of an axis-aligned grid."""
         return tuple(self.affine[i, 3] + self.affine[i, i] * np.arange(n) for i, n in enumerate(self.shape))

@@ -21,12 +21,13 @@ from scipy import ndimage
 from scipy.linalg import expm, logm
 from torch.nn.functional import grid_sample
 
-from spinelib.deformation import DisplacementField, grid_points_mm, rigid_fit
+from spinelib.deformation import DisplacementField, framed, grid_points_mm, rigid_fit
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
+from spinelib.imaging.labels import signed_distance
 from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER, VERSE_LABELS
 from spinelib.models.pose_fit import fit_poses
-from spinelib.prealign import affine_prealign, rough_placement
+from spinelib.prealign import placements
 
 REACH_MM = 24.0
 """Beyond this distance from its surface a vertebra moves nothing."""
@@ -99,8 +100,8 @@ def register_polyrigid(
     """
     begin = time.perf_counter()
     if soft is None:
-        starts = dict.fromkeys(_labels_of(ct_labels), rough_placement(ct, ct_labels, mr))
-        guess = affine_prealign(ct, ct_labels, mr)
+        rough, guess = placements(ct, ct_labels, mr)
+        starts = dict.fromkeys(_labels_of(ct_labels), rough)
     else:
         starts, guess = vertebra_transforms(soft, ct_labels), None
     transforms, flags = refine(starts, ct, ct_labels, mr, valid, guess)
@@ -134,7 +135,7 @@ def vertebra_transforms(field: DisplacementField, ct_labels: Volume) -> dict[int
         Without a vertebra.
     """
     names = _labels_of(ct_labels)
-    labels = _framed(ct_labels, ct_labels.values > 0, 0.0)
+    labels = framed(ct_labels, ct_labels.values > 0)
     inverse = field.inverse(labels.grid)
     transforms = {}
     for label in names:
@@ -181,7 +182,7 @@ def refine(
     starts = {label: transforms[label] for label in sorted(transforms, key=_ORDER.index)}
     ct, ct_labels = _thinned(ct), _thinned(ct_labels)
     near = np.isin(ct_labels.values, list(starts))
-    image, labels = (_framed(volume, near, _FRAME_MM) for volume in (ct, ct_labels))
+    image, labels = (framed(volume, near, _FRAME_MM) for volume in (ct, ct_labels))
     poses, scores = fit_poses(image, labels, mr, valid, starts, guess)
     centres = ndimage.center_of_mass(near, ct_labels.values, list(starts))
     centres_mm = dict(zip(starts, apply_affine(ct_labels.affine, centres), strict=True))
@@ -250,19 +251,13 @@ class _Bone:
     @classmethod
     def of(cls, labels, label, matrix, grid):
         """Measure a vertebra of the CT."""
-        bone = _framed(labels, labels.values == label, 0.0)
-        spacing = bone.spacing_mm
-        margin = np.ceil(REACH_MM / spacing).astype(int)
-        mask = np.pad(bone.values == label, [(m, m) for m in margin])  # also beyond the CT, where a vertebra is cut
-        affine = bone.affine.copy()
-        affine[:3, 3] = apply_affine(affine, -margin)
-        outside, inside = (ndimage.distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
-        half = spacing.min() / 2
-        distance = torch.from_numpy(np.where(mask, half - inside, outside - half)).float()[None, None]
-        to_unit = np.diag([*(2 / (np.array(mask.shape) - 1)), 1.0]) @ np.linalg.inv(affine)
+        bone = signed_distance(labels, label, REACH_MM)
+        shape = bone.values.shape
+        to_unit = np.diag([*(2 / (np.array(shape) - 1)), 1.0]) @ np.linalg.inv(bone.affine)
         to_unit[:3, 3] -= 1
-        window = _window(np.linalg.inv(grid.affine) @ np.linalg.inv(matrix) @ affine, mask.shape, grid.shape)
-        return cls(np.real(logm(matrix)), distance, to_unit[[2, 1, 0, 3]], _COVER * spacing.min(), window)
+        window = _window(np.linalg.inv(grid.affine) @ np.linalg.inv(matrix) @ bone.affine, shape, grid.shape)
+        distance = torch.from_numpy(bone.values).float()[None, None]
+        return cls(np.real(logm(matrix)), distance, to_unit[[2, 1, 0, 3]], _COVER * bone.spacing_mm.min(), window)
 
     def distances(self, points, left):
         """Return the distances (r, a, s) of points from where the share `left` of the motion still takes them."""
@@ -303,8 +298,7 @@ def _carried(matrix, points):
 
 def _window(to_index, shape, whole):
     """Return the slices of a grid of shape `whole` that hold a box of voxels, given voxel to index of the grid."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape]), -1).reshape(-1, 3)
-    index = apply_affine(to_index, corners)
+    index = VolumeGrid(shape, to_index).corners_mm()
     lower = np.clip(np.floor(index.min(axis=0)).astype(int), 0, whole)
     upper = np.clip(np.ceil(index.max(axis=0)).astype(int) + 1, 0, whole)
     return tuple(map(slice, lower, upper))
@@ -333,16 +327,6 @@ def _thinned(volume) -> Volume:
     stride = np.maximum(np.round(_THIN_MM / volume.spacing_mm).astype(int), 1)
     affine = volume.affine @ np.diag([*stride, 1.0])
     return Volume(volume.values[tuple(slice(None, None, int(step)) for step in stride)], affine)
-
-
-def _framed(volume, mask, margin_mm) -> Volume:
-    """Return the part of a volume in the box around a mask, with a margin."""
-    margin = np.ceil(margin_mm / volume.spacing_mm).astype(int)
-    box = ndimage.find_objects(mask, max_label=1)[0]
-    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(box, margin, strict=True))
-    affine = volume.affine.copy()
-    affine[:3, 3] = apply_affine(volume.affine, [s.start for s in box])
-    return Volume(volume.values[box], affine)
 
 
 # --- poses ---

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
+from spinelib.deformation import framed
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 
@@ -27,11 +28,12 @@ _LEAST_OVERLAP = 0.1
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def rough_placement(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
-    """Return a first motion of the whole spine, MR to CT, shape (4, 4), world mm.
+def placements(ct: Volume, ct_labels: Volume, mr: Volume) -> tuple[np.ndarray, np.ndarray]:
+    """Return a rough and a refined rigid motion of the whole spine, MR to CT, each (4, 4), world mm.
 
-    Two are compared by their mutual information: the images as their headers place them, and the middle of the CT's
-    vertebrae laid on the middle of the MR.
+    The rough one has the larger mutual information of two: the images as their headers place them, and the middle of
+    the CT's vertebrae laid on the middle of the MR. The refined one is found from there, and is the rough one if the
+    search leaves the MR.
 
     Parameters
     ----------
@@ -44,17 +46,26 @@ def rough_placement(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
     InputError
         Without a label.
     """
-    return np.linalg.inv(_placed(ct, ct_labels, mr)[0])
+    bone = ct_labels.values > 0
+    if not bone.any():
+        message = "the CT labels hold no vertebra. Expected VerSe labels, 1 to 28. Fix: check the file of the labels."
+        raise InputError(message)
+    bone_mm = apply_affine(ct.affine, np.argwhere(bone)[::7])
+    centre = (bone_mm.min(axis=0) + bone_mm.max(axis=0)) / 2
+    spine = _Matcher.of(ct, bone, SPINE_MM, mr, _SPINE_SHRINKS, _SPINE_STEP_MM)
+    starts = [_shift(apply_affine(mr.affine, (np.array(mr.values.shape) - 1) / 2) - centre)]
+    if _share_inside(bone_mm, mr) > _LEAST_OVERLAP:
+        starts.append(np.eye(4))
+    rough = min(starts, key=lambda start: spine.cost(start, centre))
+    refined = spine.run(rough, centre)
+    if _share_inside(apply_affine(refined, bone_mm), mr) < _LEAST_OVERLAP:
+        refined = rough
+    return np.linalg.inv(rough), np.linalg.inv(refined)
 
 
 def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
-    """Return the rigid motion of the whole spine, MR to CT, shape (4, 4), world mm.
-
-    `rough_placement`, which has the same parameters, is refined; it stays as it is if the search leaves the MR.
-    """
-    start, spine, centre, bone_mm = _placed(ct, ct_labels, mr)
-    back = spine.run(start, centre)
-    return np.linalg.inv(back if _share_inside(apply_affine(back, bone_mm), mr) >= _LEAST_OVERLAP else start)
+    """Return the refined one of `placements`."""
+    return placements(ct, ct_labels, mr)[1]
 
 
 def per_vertebra_rigid(ct: Volume, ct_labels: Volume, mr: Volume, start: np.ndarray) -> dict[int, np.ndarray]:
@@ -96,13 +107,9 @@ class _Matcher:
     @classmethod
     def of(cls, ct, bone, margin_mm, mr, shrinks, step_mm):
         """Look at bone and `margin_mm` around it."""
-        grown = np.ceil(2 * margin_mm / ct.spacing_mm).astype(int)
-        box = ndimage.find_objects(bone, max_label=1)[0]
-        box = tuple(slice(max(s.start - g, 0), s.stop + g) for s, g in zip(box, grown, strict=True))
-        affine = ct.affine.copy()
-        affine[:3, 3] = apply_affine(ct.affine, [s.start for s in box])
-        near = ndimage.distance_transform_edt(~bone[box], sampling=ct.spacing_mm) <= margin_mm
-        images = (Volume(ct.values[box].astype(np.float32), affine), Volume(near.astype(np.uint8), affine))
+        part, inside = (framed(Volume(values, ct.affine), bone, 2 * margin_mm) for values in (ct.values, bone))
+        near = ndimage.distance_transform_edt(~inside.values, sampling=ct.spacing_mm) <= margin_mm
+        images = (Volume(part.values.astype(np.float32), part.affine), Volume(near.astype(np.uint8), part.affine))
         moving = _image(Volume(mr.values.astype(np.float32), mr.affine))
         return cls(*map(_image, images), moving, shrinks, step_mm)
 
@@ -130,22 +137,6 @@ class _Matcher:
         method.SetInterpolator(sitk.sitkLinear)
         method.SetInitialTransform(_euler(start, centre), inPlace=False)
         return method
-
-
-def _placed(ct, ct_labels, mr):
-    """Return the first pose, CT to MR, with what compares poses of the spine, its middle, and points of bone."""
-    bone = ct_labels.values > 0
-    if not bone.any():
-        message = "the CT labels hold no vertebra. Expected VerSe labels, 1 to 28. Fix: check the file of the labels."
-        raise InputError(message)
-    bone_mm = apply_affine(ct.affine, np.argwhere(bone)[::7])
-    centre = (bone_mm.min(axis=0) + bone_mm.max(axis=0)) / 2
-    spine = _Matcher.of(ct, bone, SPINE_MM, mr, _SPINE_SHRINKS, _SPINE_STEP_MM)
-    starts = [_shift(apply_affine(mr.affine, (np.array(mr.values.shape) - 1) / 2) - centre)]
-    if _share_inside(bone_mm, mr) > _LEAST_OVERLAP:
-        starts.append(np.eye(4))
-    start = min(starts, key=lambda start: spine.cost(start, centre))
-    return start, spine, centre, bone_mm
 
 
 def _image(volume) -> sitk.Image:

@@ -2,7 +2,7 @@
 
 Rigidity is measured so that a rigid motion scores exactly 0: derivatives only where the whole stencil lies in bone, at
 the image's border one-sided, everything in world mm. The measures that compare labels have a ceiling, since voxels
-are coarse and labels are warped by the nearest neighbour: pass the true field as the field to know it.
+are coarse: pass the true field as the field to know it.
 """
 
 from dataclasses import dataclass

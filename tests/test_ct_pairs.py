@@ -95,7 +95,7 @@ def test_vertebrae_of_a_real_ct_are_found_in_the_mr_made_from_it():
     methods = {"identity": identity_method, "ours": polyrigid_method()}
     vertebrae, _ = evaluate_pairs(methods, pairs_from_ct(scan.ct, scan.labels, scan.key))
     means = vertebrae.groupby("method")[["dice", "bone_tre_mm"]].mean()
-    assert means.loc["ours", "dice"] > 0.95 > 0.8 > means.loc["identity", "dice"]
+    assert means.loc["ours", "dice"] > 0.95 > 0.85 > means.loc["identity", "dice"]
     assert means.loc["ours", "bone_tre_mm"] < 0.5
 
 

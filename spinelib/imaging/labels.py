@@ -1,10 +1,13 @@
-"""Curves of the column from a label volume: the truth for anyone who has CT or MR with vertebra masks."""
+"""From masks of vertebrae: curves of the column, the truth for anyone who has them of CT or MR; distances to bone."""
 
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, label
+from nibabel.affines import apply_affine
+from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import label as connected_parts
 
+from spinelib.deformation import framed
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.spine import K_DEFAULT, Curves
@@ -63,6 +66,23 @@ def curves_from_labels(labels: Volume, values: Iterable[int], k: int = K_DEFAULT
     return everything.resample(k)
 
 
+def signed_distance(labels: Volume, label: int, margin_mm: float) -> Volume:
+    """Return the distance (mm) to the faces of a label's voxels, less than 0 inside.
+
+    Its box reaches `margin_mm` beyond the label, also beyond the volume, where a vertebra is cut.
+    """
+    mask = labels.values == label
+    part = framed(Volume(mask, labels.affine), mask)
+    spacing = part.spacing_mm
+    margin = np.ceil(margin_mm / spacing).astype(int)
+    mask = np.pad(part.values, [(m, m) for m in margin])
+    affine = part.affine.copy()
+    affine[:3, 3] = apply_affine(affine, -margin)
+    outside, inside = (distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
+    half = spacing.min() / 2
+    return Volume(np.where(mask, half - inside, outside - half), affine)
+
+
 def _edges(section, right_mm, anterior_mm):
     """Return right, left, anterior, posterior edge and area of the body in a section; NaN where there is none."""
     spacing = (right_mm[1] - right_mm[0], anterior_mm[1] - anterior_mm[0])
@@ -89,7 +109,7 @@ def _whole_sections(table):
 
 
 def _largest(mask):
-    pieces, count = label(mask)
+    pieces, count = connected_parts(mask)
     return pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]) if count > 1 else mask
 
 

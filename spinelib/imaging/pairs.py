@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from spinelib.deformation import DisplacementField, read_field, write_field
 from spinelib.errors import InputError
-from spinelib.geometry import Volume, VolumeGrid
+from spinelib.geometry import Volume
 from spinelib.imaging.readers import read_volume, write_volume
 from spinelib.imaging.verse import read_mask
 from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER
@@ -214,7 +214,7 @@ def _on_grid(labels, image, mask_path, image_path) -> Volume:
             f"(right, anterior, superior), given {labels.values.shape}. {fix}"
         )
         raise InputError(message)
-    apart = np.abs(_corners_mm(labels.grid) - _corners_mm(image.grid)).max()
+    apart = np.abs(labels.grid.corners_mm() - image.grid.corners_mm()).max()
     if apart > _GRID_TOLERANCE * image.spacing_mm.min():
         message = (
             f"{Path(mask_path).name} does not lie where {Path(image_path).name} does: expected corners within half "
@@ -222,11 +222,6 @@ def _on_grid(labels, image, mask_path, image_path) -> Volume:
         )
         raise InputError(message)
     return Volume(labels.values, image.affine)
-
-
-def _corners_mm(grid: VolumeGrid):
-    ends = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], indexing="ij"), -1).reshape(-1, 3)
-    return apply_affine(grid.affine, ends)
 
 
 # --- checks ---
@@ -294,7 +289,7 @@ def _body_in_front_mm(labels, label) -> float | None:
 
 def _check_overlap(pair):
     if not any(_meets(pair.ct_labels, label, pair.mr) for label in vertebra_labels(pair.ct_labels)):
-        boxes = [_corners_mm(volume.grid) for volume in (pair.ct, pair.mr)]
+        boxes = [volume.grid.corners_mm() for volume in (pair.ct, pair.mr)]
         given = [f"{np.round(b.min(0)).tolist()} to {np.round(b.max(0)).tolist()} mm" for b in boxes]
         message = (
             f"{pair.key}: no labelled vertebra of the CT lies inside the MR; the CT reaches from {given[0]}, the MR "

@@ -9,6 +9,7 @@ a lattice of `CUBE_MM` through its body centre, along the world's axes.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -24,6 +25,7 @@ from spinelib.imaging.cone_beam import ConeBeam
 from spinelib.imaging.drr import attenuation_per_mm, line_integrals
 from spinelib.imaging.verse import BODY_SHARE, LabelledCT
 from spinelib.levels import T1_TO_L5, VERSE_LABELS
+from spinelib.record import written_atomically
 
 LABELS = tuple(VERSE_LABELS[level] for level in T1_TO_L5)
 """VerSe labels of T1 to L5, 8 to 24: the levels of Bayat et al."""
@@ -80,16 +82,13 @@ class BiplanarSubject:
 
     def save(self, path) -> Path:
         """Write one safetensors file, whole or not at all; returns its path."""
-        path = Path(path)
         tables = {"bodies_mm": self.bodies_mm, **dict(zip(VIEWS, self.radiographs, strict=True))}
         tables |= {} if self.frames is None else {"frames": self.frames}
         for name, masks in self._packed().items():
             tables |= {f"{name}.bits": masks.bits, f"{name}.boxes": masks.boxes}
         header = {"key": self.key, "labels": self.labels, "beams": [beam.to_dict() for beam in self.beams]}
-        part = path.with_suffix(".part")
-        save_file(tables, part, {"format": _FORMAT, "header": json.dumps(header)})
-        part.replace(path)
-        return path
+        about = {"format": _FORMAT, "header": json.dumps(header)}
+        return written_atomically(path, [".safetensors"], partial(save_file, tables, metadata=about))
 
     @classmethod
     def load(cls, path) -> "BiplanarSubject":

@@ -159,9 +159,8 @@ def straightened(volume: Volume, fill: float = 0.0) -> Volume:
     direction = volume.affine[:3, :3] / volume.spacing_mm
     if np.allclose(direction, np.eye(3), atol=1e-4):
         return volume
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in volume.values.shape[:3]])).reshape(3, -1)
-    world = volume.affine[:3, :3] @ corners + volume.affine[:3, 3:]
-    grid = VolumeGrid.from_bounds(world.min(axis=1), world.max(axis=1), volume.spacing_mm)
+    corners = volume.grid.corners_mm()
+    grid = VolumeGrid.from_bounds(corners.min(axis=0), corners.max(axis=0), volume.spacing_mm)
     to_source = np.linalg.inv(volume.affine) @ grid.affine
     values = ndimage.affine_transform(
         volume.values.astype(np.float32), to_source[:3, :3], to_source[:3, 3], grid.shape, order=1, cval=fill

@@ -119,9 +119,8 @@ def _path(grid, centres):
 
 def _bounds(grid):
     """Return the lowest and the highest world coordinates of voxel centres, each (3,)."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in grid.shape])).reshape(3, -1)
-    world = grid.affine[:3, :3] @ corners + grid.affine[:3, 3:]
-    return world.min(axis=1), world.max(axis=1)
+    corners = grid.corners_mm()
+    return corners.min(axis=0), corners.max(axis=0)
 
 
 def _extent(superior, lateral, step):

@@ -372,9 +372,8 @@ def _check_same_grid(ct, labels, ct_path, mask_path):
             f"anterior, superior), given {labels.values.shape}. {fix}"
         )
         raise InputError(message)
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in ct.values.shape])).reshape(3, -1).T
-    places = [nib.affines.apply_affine(volume.affine, corners) for volume in (ct, labels)]
-    apart, allowed = np.linalg.norm(places[0] - places[1], axis=1).max(), _GRID_TOLERANCE * ct.spacing_mm.min()
+    offsets = ct.grid.corners_mm() - labels.grid.corners_mm()
+    apart, allowed = np.linalg.norm(offsets, axis=1).max(), _GRID_TOLERANCE * ct.spacing_mm.min()
     if apart > allowed:
         message = (
             f"{Path(mask_path).name} does not lie where {Path(ct_path).name} does: expected corners within "

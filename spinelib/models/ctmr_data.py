@@ -5,6 +5,7 @@ Every item depends on (seed, epoch, index) alone.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.pairs import RegistrationPair, vertebra_labels
 from spinelib.models.ctmr import DIVISOR, index_grid, sample
+from spinelib.record import written_atomically
 
 WORKING_MM = 1.5
 """Voxel size of the working grid, along the world's axes."""
@@ -84,15 +86,11 @@ def working_pair(pair: RegistrationPair) -> tuple[dict[str, Tensor], VolumeGrid]
 
 def cache_pair(pair: RegistrationPair, path) -> Path:
     """Write the working pair to a safetensors file, whole or not at all; returns its path."""
-    path = Path(path)
     tensors, grid = working_pair(pair)
     narrow = {name: tensors[name].to(torch.uint8) for name in ("valid", "ct_valid")}
     narrow |= {name: tensors[name].half() for name in ("ct", "mr")} | {"labels": tensors["labels"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(narrow, part, {"format": _FORMAT, "key": pair.key, "affine": json.dumps(grid.affine.tolist())})
-    part.replace(path)
-    return path
+    about = {"format": _FORMAT, "key": pair.key, "affine": json.dumps(grid.affine.tolist())}
+    return written_atomically(path, [".safetensors"], partial(save_file, narrow, metadata=about))
 
 
 def load_pair(path) -> tuple[dict[str, Tensor], VolumeGrid]:
@@ -200,7 +198,7 @@ def _working_grid(pair):
     if not len(points):
         message = f"{pair.key}: no labelled vertebra lies inside the MR. Fix: lay the MR over the CT first."
         raise InputError(message)
-    seen = np.concatenate([_corners_mm(pair.mr.grid), _corners_mm(pair.ct.grid)])
+    seen = np.concatenate([pair.mr.grid.corners_mm(), pair.ct.grid.corners_mm()])
     low = np.maximum(points.min(0) - MARGIN_MM, seen.min(0))
     high = np.minimum(points.max(0) + MARGIN_MM, seen.max(0))
     block = DIVISOR * WORKING_MM
@@ -208,11 +206,6 @@ def _working_grid(pair):
     affine = np.diag([WORKING_MM, WORKING_MM, WORKING_MM, 1.0])
     affine[:3, 3] = (low + high) / 2 - WORKING_MM * (sides - 1) / 2
     return VolumeGrid(tuple(int(n) for n in sides), affine)
-
-
-def _corners_mm(grid):
-    ends = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], indexing="ij"), -1)
-    return apply_affine(grid.affine, ends.reshape(-1, 3))
 
 
 def _smoothed(volume):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from spinelib.errors import InputError
 from spinelib.imaging.verse import LabelledCT
 from spinelib.levels import LEVEL_ORDER
 from spinelib.models.scan_grid import labels_on, resampled
+from spinelib.record import written_atomically
 
 WORKING_MM = 2.0
 """Voxel size on which vertebrae are found and outlined."""
@@ -67,10 +68,7 @@ def cache_scan(scan: LabelledCT, folder) -> CachedScan:
     """
     path = Path(folder) / f"{scan.key}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(_tensors(scan), part)
-        part.replace(path)
+        written_atomically(path, [".safetensors"], partial(save_file, _tensors(scan)))
     return CachedScan(path)
 
 

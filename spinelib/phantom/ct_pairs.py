@@ -7,6 +7,7 @@ real, the MR is not: it shows nothing that the CT does not, and discs look like 
 
 from dataclasses import dataclass
 from functools import cached_property
+from zlib import crc32
 
 import numpy as np
 from nibabel.affines import apply_affine
@@ -16,6 +17,7 @@ from spinelib.deformation import DisplacementField, resample, warp_labels
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.imaging.canal import spinal_canal
+from spinelib.imaging.labels import signed_distance
 from spinelib.imaging.mr_contrast import sample_sequence, sample_signals
 from spinelib.imaging.pairs import RegistrationPair, vertebra_labels
 from spinelib.levels import LEVEL_OF_LABEL, LEVEL_ORDER, VERSE_LABELS
@@ -51,6 +53,7 @@ def pairs_from_ct(
     key : str
         Begins the keys of the pairs.
     seed : int
+        Motion and contrast depend on it and on the pair's key.
     mix : PairMix
         `label_errors` is not used.
 
@@ -62,7 +65,7 @@ def pairs_from_ct(
     order = vertebra_labels(labels)
     boxes = max(1, round(len(order) / 4))
     middles = [order[int((number + 0.5) * len(order) / boxes)] for number in range(boxes if order else 0)]
-    pairs = [_pair(ct, labels, middle, key, seed + number, mix) for number, middle in enumerate(middles)]
+    pairs = [_pair(ct, labels, middle, key, seed, mix) for middle in middles]
     if not (pairs := [pair for pair in pairs if pair.transforms]):
         message = f"{key}: no labelled vertebra fits into a box. Expected VerSe labels. Fix: check the mask."
         raise InputError(message)
@@ -88,30 +91,19 @@ class MaskBones:
         return cls(tuple(order), labels, poses, (poses[1:, :3, 3] + poses[:-1, :3, 3]) / 2)
 
     @cached_property
-    def frames(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Signed distances (mm) in a box around each mask, and the matrix from world mm to its voxels."""
-        spacing, found = self.values.spacing_mm, []
-        margin = np.ceil(_FRAME_MM / spacing).astype(int)
-        for label in self.labels:
-            box = ndimage.find_objects(self.values.values == label, max_label=1)[0]
-            mask = np.pad(self.values.values[box] == label, [(m, m) for m in margin])
-            outside, inside = (ndimage.distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
-            affine = self.values.affine.copy()
-            affine[:3, 3] = apply_affine(affine, np.array([s.start for s in box]) - margin)
-            found.append((np.where(mask, 0.5 * spacing.min() - inside, outside - 0.5 * spacing.min()), affine))
-        return found
+    def frames(self) -> list[Volume]:
+        """Signed distances (mm) in a box around each mask."""
+        return [signed_distance(self.values, label, _FRAME_MM) for label in self.labels]
 
     def distance(self, number: int, points_mm: np.ndarray) -> np.ndarray:
         """Return the signed distance (mm) of CT points (..., 3) to a vertebra, at most about `_FRAME_MM`."""
-        distances, affine = self.frames[number]
-        index = apply_affine(np.linalg.inv(affine), points_mm)
-        return ndimage.map_coordinates(distances, np.moveaxis(index, -1, 0), order=1, mode="nearest")
+        frame = self.frames[number]
+        index = apply_affine(np.linalg.inv(frame.affine), points_mm)
+        return ndimage.map_coordinates(frame.values, np.moveaxis(index, -1, 0), order=1, mode="nearest")
 
     def bounds_mm(self, number: int) -> np.ndarray:
         """Return the corners (8, 3) of a vertebra's box, CT world mm."""
-        distances, affine = self.frames[number]
-        ends = np.stack(np.meshgrid(*[(0, n - 1) for n in distances.shape], indexing="ij"), -1).reshape(-1, 3)
-        return apply_affine(affine, ends)
+        return self.frames[number].grid.corners_mm()
 
 
 def signal_of_ct(hounsfield: Volume, labels: Volume, contrast: str, rng: np.random.Generator) -> np.ndarray:
@@ -152,19 +144,19 @@ def _pair(ct, labels, middle, key, seed, mix):
     names = warp_labels(labels, DisplacementField.zero(scene))
     counts = np.bincount(names.values.ravel(), minlength=256)
     names.values[(counts < _LEAST_VOXELS)[names.values]] = 0
-    rng = np.random.default_rng([seed, 67])
+    name = f"{key}-{LEVEL_OF_LABEL[middle]}"
+    drawn, moved = np.random.SeedSequence([seed, crc32(name.encode())]).spawn(2)
+    rng = np.random.default_rng(drawn)
     contrast = "t2" if rng.random() < mix.t2 else "t1"
     signal = Volume(signal_of_ct(hounsfield, names, contrast, rng), scene.affine)
-    motion, mr_grid = sample_motion(np.random.SeedSequence([seed, 71]), bones := MaskBones.of(names), box, mix)
+    motion, mr_grid = sample_motion(moved, bones := MaskBones.of(names), box, mix)
     inner = inner_box(scene, box)
     shown = _kept(names.values[inner], counts)
     shown_labels = Volume(shown, box.affine)
     transforms = {label: motion.transforms[bones.labels.index(label)] for label in vertebra_labels(shown_labels)}
     mr, mr_labels, field = scan_moved(signal, shown_labels, transforms, motion, mr_grid, mix, rng)
     scan = Volume(hounsfield.values[inner].copy(), box.affine)
-    return RegistrationPair(
-        f"{key}-{LEVEL_OF_LABEL[middle]}", scan, shown_labels, mr, mr_labels, field, transforms, contrast
-    )
+    return RegistrationPair(name, scan, shown_labels, mr, mr_labels, field, transforms, contrast)
 
 
 def _kept(values, counts):

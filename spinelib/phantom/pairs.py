@@ -176,7 +176,13 @@ def with_errors(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def pair_boxes(centre_mm, shape_mm) -> tuple[VolumeGrid, VolumeGrid]:
-    """Return the CT's grid, and a wider one on the same voxels that holds what may move into view."""
+    """Return the CT's grid, and a wider one on the same voxels that holds what may move into view.
+
+    Parameters
+    ----------
+    centre_mm, shape_mm : (3,) array_like
+        Middle and sides of the CT, world mm.
+    """
     shape = np.rint(np.asarray(shape_mm, float) / CT_MM).astype(int)
     extra = int(np.ceil(_MARGIN_MM / CT_MM))
     inner, outer = np.diag([CT_MM, CT_MM, CT_MM, 1.0]), np.diag([CT_MM, CT_MM, CT_MM, 1.0])
@@ -186,7 +192,7 @@ def pair_boxes(centre_mm, shape_mm) -> tuple[VolumeGrid, VolumeGrid]:
 
 
 def inner_box(scene: VolumeGrid, box: VolumeGrid) -> tuple[slice, slice, slice]:
-    """Return where the CT's grid lies in the wider one of `pair_boxes`."""
+    """Return where the CT's grid, `box`, lies in the wider one of `pair_boxes`, `scene`."""
     extra = (np.array(scene.shape) - box.shape) // 2
     return tuple(slice(int(e), int(e) + n) for e, n in zip(extra, box.shape, strict=True))
 
@@ -206,7 +212,23 @@ def _bones_near(subject: Subject, shapes, scene: VolumeGrid) -> Bones:
 
 
 def sample_motion(stream, bones: Bones, box: VolumeGrid, mix: PairMix) -> tuple[Motion, VolumeGrid]:
-    """Draw the motion and the MR's grid; where it folds, joints and soft tissue move less in the next attempt."""
+    """Draw the motion and the MR's grid; where it folds, joints and soft tissue move less in the next attempt.
+
+    Parameters
+    ----------
+    stream : int, sequence of int or SeedSequence
+        Seed of the random numbers, the same in every attempt.
+    bones : Bones
+        Or what offers the same, in CT world mm.
+    box : VolumeGrid
+        Of the CT.
+    mix : PairMix
+
+    Raises
+    ------
+    InputError
+        If every attempt folds.
+    """
     centre = box.affine[:3, 3] + (np.array(box.shape) - 1) / 2 * CT_MM
     joints, soft = np.ones(len(bones.labels) - 1), 1.0
     for _ in range(_ATTEMPTS):
