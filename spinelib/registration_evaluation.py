@@ -18,8 +18,9 @@ from spinelib.errors import InputError
 from spinelib.geometry import VolumeGrid
 from spinelib.imaging.pairs import RegistrationPair
 from spinelib.metrics import interval_columns
-from spinelib.models.ctmr import CTMRModel
+from spinelib.models.ctmr import VARIANTS, CTMRModel, integrate
 from spinelib.models.ctmr_data import working_pair
+from spinelib.models.ctmr_pair import solve_velocity
 from spinelib.polyrigid import blend, register_polyrigid
 from spinelib.prealign import affine_prealign, per_vertebra_rigid
 from spinelib.registration_metrics import field_errors, registration_errors
@@ -28,17 +29,18 @@ NAMES = {
     "identity": "no registration",
     "affine": "one rigid motion for all",
     "sitk_pervertebra": "rigid motion of each vertebra, SimpleITK",
-    "elastix": "B-spline, elastix",
-    "baseline": "network, no rigidity",
-    "pc": "network, volume",
-    "oc": "network, orthonormality",
-    "rd": "network, rigid Dice",
-    "rf": "network, rigid field",
-    "pc_oc": "network, volume + orthonormality",
-    "pc_rd": "network, volume + rigid Dice",
-    "pc_rf": "network, volume + rigid field",
-    "this_run": "trained in this run",
+    "elastix": "B-spline with a rigidity penalty, elastix",
+    "baseline": "published objective, no rigidity",
+    "pc": "published objective, volume",
+    "oc": "published objective, orthonormality",
+    "rd": "published objective, rigid Dice",
+    "rf": "published objective, rigid field",
+    "pc_oc": "published objective, volume + orthonormality",
+    "pc_rd": "published objective, volume + rigid Dice",
+    "pc_rf": "published objective, volume + rigid field",
+    "this_run": "network trained in this run",
     "ours": "ours, rigid by construction",
+    "ours_soft": "ours, soft tissue by volume + rigid Dice",
     "ceiling": "true motion",
 }
 """Rows of the tables: names in metrics.json, and for people."""
@@ -134,7 +136,7 @@ def sitk_method(pair: RegistrationPair) -> Answer:
 
 
 def ceiling_method(pair: RegistrationPair) -> Answer:
-    """Return the true motion: what labels warped by the nearest neighbour can reach."""
+    """Return the true motion: what labels on voxels can reach."""
     if pair.field is None:
         message = f"{pair.key} has no true motion; only synthetic pairs do."
         raise InputError(message)
@@ -146,11 +148,23 @@ def network_method(model: CTMRModel) -> Method:
     return lambda pair: network_fields(model, pair)
 
 
-def polyrigid_method(model: CTMRModel | None = None) -> Method:
-    """Return ours; with a network, soft tissue follows its field."""
+def solved_method(variant: str) -> Method:
+    """Return the published objective of a variant, solved for every pair by itself; on a GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def method(pair):
-        soft = None if model is None else network_fields(model, pair)[0]
+        tensors, grid = working_pair(pair)
+        batch = {name: value[None].to(device) for name, value in tensors.items()}
+        return _answer(integrate(solve_velocity(batch, variant)), grid, pair)
+
+    return method
+
+
+def polyrigid_method(soft_method: Method | None = None) -> Method:
+    """Return ours; soft tissue far from bone follows another method's field if one is given."""
+
+    def method(pair):
+        soft = None if soft_method is None else soft_method(pair)[0]
         found = register_polyrigid(pair.ct, pair.ct_labels, pair.mr, soft)
         return found.field, found.inverse
 
@@ -162,9 +176,8 @@ def network_fields(model: CTMRModel, pair: RegistrationPair) -> Answer:
     """Return the fields of a network: MR to CT on the MR's grid, CT to MR on the CT's."""
     tensors, grid = working_pair(pair)
     device = next(model.parameters()).device
-    fields = model.eval().register({name: value[None].to(device) for name, value in tensors.items()})
-    forward, backward = (_in_mm(u[0].float().cpu().numpy(), grid) for u in fields)
-    return forward.resampled(pair.mr.grid), backward.resampled(pair.ct.grid)
+    batch = {name: value[None].to(device) for name, value in tensors.items()}
+    return _answer(model.eval().register(batch), grid, pair)
 
 
 # --- tables ---
@@ -176,11 +189,11 @@ def table_rows(vertebrae: pd.DataFrame, fields: pd.DataFrame, data: str = "unsee
     Returns
     -------
     DataFrame
-        method, name, kind ('ours', 'baseline' or 'network'), data, pairs, vertebrae, and of each of `MEASURES` the
-        mean, `<measure>_low` and `<measure>_high`.
+        In the order of `NAMES`: method, name, kind ('ours', 'baseline', 'objective' or 'network'), data, pairs,
+        vertebrae, and of each of `MEASURES` the mean, `<measure>_low` and `<measure>_high`.
     """
     rows = []
-    for method, part in vertebrae.groupby("method", sort=False):
+    for method, part in by_method(vertebrae):
         row = {"method": method, "name": NAMES.get(method, method), "kind": _kind(method), "data": data}
         row |= {"pairs": part["pair"].nunique(), "vertebrae": len(part)}
         own = fields[fields["method"] == method]
@@ -189,6 +202,12 @@ def table_rows(vertebrae: pd.DataFrame, fields: pd.DataFrame, data: str = "unsee
             row |= interval_columns(measure, values)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def by_method(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return the methods in the order of `NAMES`, others last, each with its rows."""
+    order = {name: place for place, name in enumerate(NAMES)}
+    return sorted(rows.groupby("method", sort=False), key=lambda group: order.get(group[0], len(order)))
 
 
 def published_rows() -> pd.DataFrame:
@@ -209,9 +228,11 @@ def headline_numbers(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _kind(method):
-    if method == "ours":
+    if method in ("ours", "ours_soft"):
         return "ours"
-    return "baseline" if method in ("identity", "affine", "sitk_pervertebra", "elastix", "ceiling") else "network"
+    if method in VARIANTS:
+        return "objective"
+    return "network" if method == "this_run" else "baseline"
 
 
 def _regions(pair):
@@ -223,6 +244,8 @@ def _regions(pair):
     return valid, valid & body & (pair.mr_labels.values == 0)
 
 
-def _in_mm(u, grid: VolumeGrid) -> DisplacementField:
-    """Return a field (3, R, A, S) in voxels of a grid as one in mm."""
-    return DisplacementField((np.moveaxis(u, 0, -1) @ grid.affine[:3, :3].T).astype(np.float32), grid)
+def _answer(fields, grid: VolumeGrid, pair) -> Answer:
+    """Return fields (1, 3, R, A, S) in voxels of the working grid in mm, on the grids of the pair."""
+    values = [np.moveaxis(u[0].float().cpu().numpy(), 0, -1) @ grid.affine[:3, :3].T for u in fields]
+    forward, backward = (DisplacementField(u.astype(np.float32), grid) for u in values)
+    return forward.resampled(pair.mr.grid), backward.resampled(pair.ct.grid)

@@ -29,7 +29,7 @@ from spinelib.imaging.sections import Section, curved_section, sampled
 from spinelib.imaging.surfaces import vertebra_meshes
 from spinelib.imaging.verse import body_centroids_mm
 from spinelib.levels import COLOURS, LEVEL_OF_LABEL
-from spinelib.registration_evaluation import NAMES
+from spinelib.registration_evaluation import NAMES, by_method
 
 WINDOW_HU = (-200.0, 700.0)
 """Grey values of the CT from black to white: bone, and a little of soft tissue."""
@@ -48,7 +48,12 @@ _LETTERS = {"sagittal": "AP", "coronal": "RL"}
 _ACROSS = {"sagittal": 1, "coronal": 0}
 _CT_TINT, _MR_TINT = np.array([1.0, 0.9, 0.72]), np.array([0.82, 0.93, 1.0])
 _NETWORKS = ("baseline", "pc", "oc", "rd", "rf", "pc_oc", "pc_rd", "pc_rf")
-_METHOD_COLOURS = dict.fromkeys(_NETWORKS, TRUTH) | {"ours": PREDICTED, "this_run": "#E69F00", "ceiling": OTHER}
+_METHOD_COLOURS = dict.fromkeys(_NETWORKS, TRUTH) | {
+    "ours": PREDICTED,
+    "ours_soft": PREDICTED,
+    "this_run": "#E69F00",
+    "ceiling": OTHER,
+}
 _VALUE_NAMES = {
     "dice": "Dice",
     "hd95_mm": "95% Hausdorff distance (mm)",
@@ -218,7 +223,7 @@ def method_boxes(
     ----------
     rows : DataFrame
         method and `value`, one row a vertebra or a pair, as `registration_evaluation.evaluate_pairs` makes them;
-        methods from top to bottom in the order of their first rows.
+        methods from top to bottom in the order of `registration_evaluation.NAMES`.
     value : str
     published : DataFrame, optional
         method and `value`: the mean of a method on other data, marked on its row.
@@ -233,7 +238,7 @@ def method_boxes(
         message = f"expected the columns method and {value} with a finite number, given {', '.join(map(str, rows))}."
         raise InputError(message)
     rows = rows[np.isfinite(rows[value].astype(float))]
-    groups = {method: part[value].to_numpy(float) for method, part in rows.groupby("method", sort=False)}
+    groups = {method: part[value].to_numpy(float) for method, part in by_method(rows)}
     marks = {} if published is None else dict(zip(published["method"], published[value], strict=True))
     marks = {method: marks.get(method, np.nan) for method in groups}
     figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(groups) + 1.2))

@@ -187,7 +187,7 @@ def test_boxes_stand_by_method_with_published_means():
     figure = figures.method_boxes(scores(), "dice", published)
     axes = figure.axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["no registration", "network, volume", "ours, rigid by construction"]
+    assert names == ["no registration", "published objective, volume", "ours, rigid by construction"]
     assert [text.get_text() for text in axes.texts] == ["0.700, n = 3", "0.850, n = 4", "0.980, n = 4"]
     (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
     np.testing.assert_allclose(list(cross.get_xdata()), [0.675, 0.784, np.nan])

@@ -114,9 +114,7 @@ class CTMRModel(nn.Module):
 
     def __init__(self, variant: str = "baseline"):
         super().__init__()
-        if variant not in VARIANTS:
-            message = f"unknown variant {variant!r}. Expected one of: {', '.join(map(repr, VARIANTS))}."
-            raise InputError(message)
+        _check_variant(variant)
         self.variant, self.net = variant, RegistrationNet()
 
     def register(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -125,21 +123,26 @@ class CTMRModel(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the variant's terms."""
-        weights = {"mind": MIND_WEIGHT, "diffusion": DIFFUSION_WEIGHT, **VARIANTS[self.variant]}
-        terms = self._terms(batch, VARIANTS[self.variant])
-        return sum(weight * terms[name] for name, weight in weights.items())
+        return objective(self.net(batch["ct"], batch["mr"]), batch, self.variant)
 
     @torch.no_grad()
     def terms(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return all terms before weighting: 'mind', 'diffusion' and `RIGIDITY_TERMS`; scalars."""
-        return self._terms(batch, RIGIDITY_TERMS)
+        return _terms(self.net(batch["ct"], batch["mr"]), batch, RIGIDITY_TERMS)
 
-    def _terms(self, batch, rigidity):
-        velocity = self.net(batch["ct"], batch["mr"])
-        with torch.autocast(velocity.device.type, enabled=False):
-            forward, backward = integrate(velocity)
-            terms = {"mind": _similarity(batch, forward, backward), "diffusion": diffusion(velocity)}
-            return terms | _rigidity_terms(batch["labels"], forward, rigidity)
+
+def objective(velocity: Tensor, batch: dict[str, Tensor], variant: str) -> Tensor:
+    """Return what a variant asks of a velocity (b, 3, R/2, A/2, S/2), half-grid voxels: the weighted sum of its terms.
+
+    Raises
+    ------
+    InputError
+        If the variant is unknown.
+    """
+    _check_variant(variant)
+    weights = {"mind": MIND_WEIGHT, "diffusion": DIFFUSION_WEIGHT, **VARIANTS[variant]}
+    terms = _terms(velocity, batch, VARIANTS[variant])
+    return sum(weight * terms[name] for name, weight in weights.items())
 
 
 def integrate(velocity: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +208,13 @@ def diffusion(velocity: Tensor) -> Tensor:
 # --- terms of the loss ---
 
 
+def _terms(velocity, batch, rigidity):
+    with torch.autocast(velocity.device.type, enabled=False):
+        forward, backward = integrate(velocity)
+        terms = {"mind": _similarity(batch, forward, backward), "diffusion": diffusion(velocity)}
+        return terms | _rigidity_terms(batch["labels"], forward, rigidity)
+
+
 def _similarity(batch, forward, backward):
     """Return MIND both ways, where both scanners have seen the point and its counterpart."""
     ct, mr = batch["ct"].float(), batch["mr"].float()
@@ -247,6 +257,12 @@ def _convolution(inputs, outputs):
 
 def _leaky(features):
     return functional.leaky_relu(features, _SLOPE)
+
+
+def _check_variant(name):
+    if name not in VARIANTS:
+        message = f"unknown variant {name!r}. Expected one of: {', '.join(map(repr, VARIANTS))}."
+        raise InputError(message)
 
 
 def _check_images(moving, fixed):
