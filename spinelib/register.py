@@ -22,10 +22,10 @@ from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.ct import AIR_HU
 from spinelib.imaging.pairs import RegistrationPair, read_pair
 from spinelib.imaging.readers import read_scan, write_volume
-from spinelib.models.ctmr import SHIPPED_WEIGHTS, CTMRModel, held_variants, load_variant, read_card
+from spinelib.models.ctmr import SHIPPED_WEIGHTS, held_variants, load_variant, read_card
 from spinelib.polyrigid import register_polyrigid
 from spinelib.record import package_versions
-from spinelib.registration_evaluation import network_fields
+from spinelib.registration_evaluation import Method, network_method, solved_method
 from spinelib.registration_figures import DIRECTIONS, checkerboard, overlay, pose_table, vertebrae_before_after
 from spinelib.registration_metrics import registration_errors
 from spinelib.report import page, result_folder, written_together
@@ -41,6 +41,9 @@ FILES = (
     "registration.json",
     "index.html",
 )
+
+SOFT_VARIANT = "pc_rd"
+"""Published objective for soft tissue: the one with the best mean rigidity, by the authors' figure."""
 
 RESIDUAL_FLAG_MM = 0.1
 """Root mean square distance of the field from a rigid motion over a vertebra; more is flagged."""
@@ -86,15 +89,16 @@ def register_command(args) -> int:
     """
     others = (args.inputs, args.ct, args.segment, args.ap, args.lat, args.centroids, args.spacing)
     if not args.register or not args.labels or any(others):
-        given = "another input besides" if args.register and args.labels else "one of the two alone"
+        two = bool(args.register), bool(args.labels)
+        given = "another input besides" if all(two) else "one of the two alone" if any(two) else "neither"
         message = f"a registration needs --register CT MR and --labels CT_MASK and nothing else, given {given}."
         raise InputError(message)
-    network, soft = soft_network(args.weights)
+    method, soft = soft_tissue(args.weights, args.soft)
     start = perf_counter()
     pair, header = read_images(*args.register, args.labels)
     out = result_folder(args.output, FILES, args.force)
     read = perf_counter()
-    found = register_pair(pair, network)
+    found = register_pair(pair, method)
     seconds = {"read": read - start, "register": perf_counter() - read}
     names = [Path(path).name for path in (*args.register, args.labels)]
     about = {
@@ -110,18 +114,36 @@ def register_command(args) -> int:
     return 0
 
 
-def soft_network(weights=None) -> tuple[CTMRModel | None, dict | str]:
-    """Return the network that moves soft tissue and what it is; None while no weights are shipped with the package.
+def soft_tissue(weights=None, solve: bool = False) -> tuple[Method | None, dict | str]:
+    """Return what moves tissue far from bone, and its description.
+
+    Parameters
+    ----------
+    weights : path, optional
+        Of a network of `spinelib train ctmr`; by default those shipped, if there are any.
+    solve : bool
+        Solve the objective `SOFT_VARIANT` for the pair instead.
+
+    Returns
+    -------
+    method : callable or None
+        None: the rigid alignment of the spine.
+    description : dict or str
 
     Raises
     ------
     InputError
-        If weights are given, or shipped, and cannot be read.
+        If weights are given, or shipped, and cannot be read; if both ways are asked for.
     """
+    if solve and weights is not None:
+        message = "give either --soft or --weights: both say what moves soft tissue."
+        raise InputError(message)
+    if solve:
+        return solved_method(SOFT_VARIANT), f"the objective {SOFT_VARIANT} of Jian 2022, solved for this pair"
     if weights is None and not files("spinelib").joinpath("weights", SHIPPED_WEIGHTS).is_file():
-        return None, "no network: no weights are shipped; tissue far from bone follows the rigid alignment of the spine"
+        return None, "tissue far from bone follows the rigid alignment of the spine; --soft registers it too"
     variant = held_variants(weights)[0]
-    return load_variant(variant, weights), {"network": variant} | read_card(weights)
+    return network_method(load_variant(variant, weights)), {"network": variant} | read_card(weights)
 
 
 def read_images(ct, mr, labels) -> tuple[RegistrationPair, nib.Nifti1Header]:
@@ -163,15 +185,15 @@ def read_images(ct, mr, labels) -> tuple[RegistrationPair, nib.Nifti1Header]:
     return read_pair(None, ct=ct, ct_mask=labels, mr=mr), header
 
 
-def register_pair(pair: RegistrationPair, network: CTMRModel | None = None) -> RegisteredPair:
-    """Register a pair; with a network, soft tissue and the starts of the vertebrae follow its field.
+def register_pair(pair: RegistrationPair, soft_method: Method | None = None) -> RegisteredPair:
+    """Register a pair; soft tissue and the starts of the vertebrae follow the field of `soft_method`, if given.
 
     Raises
     ------
     InputError
         If the images do not show the same part of the spine.
     """
-    soft = None if network is None else network_fields(network, pair)[0]
+    soft = None if soft_method is None else soft_method(pair)[0]
     found = register_polyrigid(pair.ct, pair.ct_labels, pair.mr, soft)
     warped = warp_labels(pair.ct_labels, found.field)
     fit = registration_errors(found.field, warped, pair.ct_labels)[["label", "procrustes_residual_mm"]]

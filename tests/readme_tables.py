@@ -138,9 +138,12 @@ COLUMNS = {
         "soft_tre_mm": "soft tissue (mm)",
         "nonrigidity": "bending of bone",
         "failed": "failed",
+        "volume_change_pct": "volume change (%)",
         "folding_pct": "folded (%)",
         "seconds": "seconds",
         "pairs": "pairs",
+        "published_dice": "*published Dice*",
+        "published_volume_change_pct": "*published volume change (%)*",
     },
     "real_registration": {
         "name": "method",
@@ -173,6 +176,8 @@ def as_markdown(name: str) -> str:
     if name in ("registration", "real_registration"):
         table = _with_intervals(table, ["dice", "bone_tre_mm", "rotation_error_deg", "soft_tre_mm"])
         table["nonrigidity"] = table["nonrigidity"].map("{:.4f}".format)
+    if name == "registration":
+        table = _with_published_registration(table)
     if name == "radiographs":
         table = _with_published_radiographs(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])
@@ -212,6 +217,15 @@ def _with_published_radiographs(table: pd.DataFrame) -> pd.DataFrame:
     for column in numbers:
         both[column] = pd.to_numeric(both[column]).map("{:.3f}".format).replace("nan", "")
     return both.fillna("")
+
+
+def _with_published_registration(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the published means of the same methods, whose data were others."""
+    published = pd.read_csv(TABLES["registration"].with_name("registration_published.csv")).set_index("method")
+    for column, form in (("dice", "*{:.3f}*"), ("volume_change_pct", "*{:.1f}*")):
+        known = published[column].map(form.format)
+        table[f"published_{column}"] = table["method"].map(known).fillna("")
+    return table
 
 
 def _published_row(columns: list[str]) -> list[str]:
