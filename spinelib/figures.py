@@ -52,6 +52,7 @@ _COLUMN_NAMES = {
 _UNITS = {"deg": "degrees", "mm": "mm", "years": "years"}
 _FACES_PER_VERTEBRA = 2500
 _ROOM_MM = 8.0  # around a 3D scene
+_SIDES = {"sagittal": "AP", "coronal": "RL"}  # what the left and the right edge of a view show
 
 
 def use_house_style() -> None:
@@ -295,6 +296,36 @@ def spine_panels(spine: Spine, title: str = "") -> Figure:
         figure.text((place + 0.5) / 3, 0.02, name, ha="center")
     figure.suptitle(title)
     return figure
+
+
+def section_axes(views, beside_inches: float = 0.0, below_inches: float = 0.9):
+    """Return a figure, its axes side by side at one scale, and that scale in inches a millimetre.
+
+    Parameters
+    ----------
+    views : sequence
+        Of `imaging.sections.curved_section`.
+    beside_inches, below_inches : float
+        Room for a colour bar, and for titles and legend.
+    """
+    widths = [view.extent[0] - view.extent[1] for view in views]
+    height = views[0].extent[3] - views[0].extent[2]
+    inches_per_mm = min(6.2 / height, 12.0 / sum(widths), 0.035)
+    width = inches_per_mm * sum(widths) + 0.35 * len(views) + 0.6 + beside_inches
+    size = (width, inches_per_mm * height + below_inches)
+    figure, panels = plt.subplots(1, len(views), figsize=size, width_ratios=widths, sharey=True, squeeze=False)
+    panels[0, 0].set_ylabel("superior (mm)")
+    return figure, list(panels[0]), inches_per_mm
+
+
+def show_section(axes, picture, view, letters: str = "white", **grey) -> None:
+    """Draw a picture (rows, cols) or (rows, cols, 3 or 4) of a view, with letters for the sides it shows."""
+    axes.imshow(picture, extent=view.extent, interpolation="bilinear", **({"cmap": "gray"} | grey))
+    axes.set_xlabel("anterior (mm)" if view.name == "sagittal" else "right (mm)")
+    left, right, _, top = view.extent
+    for place, side, letter in zip((left, right), ("left", "right"), _SIDES[view.name], strict=True):
+        style = {"va": "top", "ha": side, "color": letters, "weight": "bold", "fontsize": 7.5}
+        axes.annotate(f" {letter} ", (place, top), xytext=(0, -2), textcoords="offset points", **style)
 
 
 def _mark_sides(axes, left, right, colour):

@@ -22,7 +22,17 @@ from scipy.spatial.transform import Rotation
 
 from spinelib.deformation import DisplacementField, warp_labels
 from spinelib.errors import InputError
-from spinelib.figures import OTHER, PREDICTED, TRUTH, in_true_proportions, mesh_trace, name_and_unit, with_unit
+from spinelib.figures import (
+    OTHER,
+    PREDICTED,
+    TRUTH,
+    in_true_proportions,
+    mesh_trace,
+    name_and_unit,
+    section_axes,
+    show_section,
+    with_unit,
+)
 from spinelib.geometry import Volume
 from spinelib.imaging.ct import AIR_HU
 from spinelib.imaging.sections import Section, curved_section, sampled
@@ -44,8 +54,8 @@ BEFORE, FOLD, _LINES = "#F0E442", "#FF00FF", "#56B4E9"
 DIRECTIONS = ("right", "anterior", "superior")
 
 _VIEWS = ("sagittal", "coronal")
-_LETTERS = {"sagittal": "AP", "coronal": "RL"}
 _ACROSS = {"sagittal": 1, "coronal": 0}
+_BELOW = 1.2  # inches for titles and legend
 _CT_TINT, _MR_TINT = np.array([1.0, 0.9, 0.72]), np.array([0.82, 0.93, 1.0])
 _NETWORKS = ("baseline", "pc", "oc", "rd", "rf", "pc_oc", "pc_rd", "pc_rf")
 _METHOD_COLOURS = dict.fromkeys(_NETWORKS, TRUTH) | {
@@ -85,7 +95,7 @@ def checkerboard(ct: Volume, ct_labels: Volume, mr: Volume, field: DisplacementF
     """
     views, _ = _views(ct_labels, mr, field)
     panels = [(view, name) for view in views for name in ("before", "after")]
-    figure, all_axes = _panels([view for view, _ in panels])
+    figure, all_axes, _ = section_axes([view for view, _ in panels], below_inches=_BELOW)
     for axes, (view, name) in zip(all_axes, panels, strict=True):
         points = view.points if name == "before" else field.moved(view.points)
         low, high = WINDOW_HU
@@ -102,7 +112,7 @@ def overlay(
 ) -> Figure:
     """Return the MR with the outlines of the CT's vertebrae before and after registration, and of its own if known."""
     views, centres = _views(ct_labels, mr, field)
-    figure, panels = _panels(views)
+    figure, panels, _ = section_axes(views, below_inches=_BELOW)
     names = {"CT, before": (BEFORE, "dashed"), "MR": (TRUTH, "solid"), "CT, after": (PREDICTED, "solid")}
     for axes, view in zip(panels, views, strict=True):
         _show(axes, _signal(mr, view), view)
@@ -120,7 +130,7 @@ def overlay(
 def deformation_grid(field: DisplacementField, mr: Volume, ct_labels: Volume, title: str = "") -> Figure:
     """Return the lines of a square grid in the CT where the field finds them in the MR, vertebrae outlined."""
     views, centres = _views(ct_labels, mr, field)
-    figure, panels = _panels(views)
+    figure, panels, _ = section_axes(views, below_inches=_BELOW)
     for axes, view in zip(panels, views, strict=True):
         _show(axes, 0.55 * _signal(mr, view), view)
         moved = field.moved(view.points)
@@ -139,7 +149,7 @@ def jacobian_map(field: DisplacementField, ct_labels: Volume, title: str = "") -
     """Return the determinant of the Jacobian, CT volume per MR volume; folds stand out, vertebrae are outlined."""
     determinant = Volume(np.linalg.det(field.jacobian()), field.grid.affine)
     views, _ = _views(ct_labels, determinant, field)
-    figure, panels = _panels(views, beside_inches=0.9)
+    figure, panels, _ = section_axes(views, 0.9, _BELOW)
     scale = ScalarMappable(LogNorm(*DETERMINANTS), "PuOr")
     for axes, view in zip(panels, views, strict=True):
         picture = scale.to_rgba(np.clip(sampled(determinant, view.points, order=1, fill=1.0), *DETERMINANTS))
@@ -308,17 +318,6 @@ def _inset(view):
     return Section(view.name, view.points[1:-1, 1:-1], (left - step, right + step, bottom + step, top - step))
 
 
-def _panels(views, beside_inches=0.0):
-    """Return a figure and its axes side by side at one scale."""
-    widths = [view.extent[0] - view.extent[1] for view in views]
-    height = views[0].extent[3] - views[0].extent[2]
-    inches_per_mm = min(6.2 / height, 12.0 / sum(widths), 0.035)
-    size = (inches_per_mm * sum(widths) + 0.35 * len(views) + 0.6 + beside_inches, inches_per_mm * height + 1.2)
-    figure, panels = plt.subplots(1, len(views), figsize=size, width_ratios=widths, sharey=True, squeeze=False)
-    panels[0, 0].set_ylabel("superior (mm)")
-    return figure, list(panels[0])
-
-
 def _finished(figure, title, handles):
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
@@ -333,13 +332,7 @@ def _signal(mr, view):
 
 
 def _show(axes, picture, view, letters="white"):
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}
-    axes.imshow(picture, extent=view.extent, interpolation="bilinear", **grey)
-    axes.set_xlabel("anterior (mm)" if view.name == "sagittal" else "right (mm)")
-    left, right, _, top = view.extent
-    for place, side, letter in zip((left, right), ("left", "right"), _LETTERS[view.name], strict=True):
-        style = {"va": "top", "ha": side, "color": letters, "weight": "bold", "fontsize": 7.5}
-        axes.annotate(f" {letter} ", (place, top), xytext=(0, -2), textcoords="offset points", **style)
+    show_section(axes, picture, view, letters, vmin=0, vmax=1)
 
 
 def _coordinates(view):

@@ -17,7 +17,17 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from spinelib.errors import InputError
-from spinelib.figures import OTHER, PREDICTED, TRUTH, in_true_proportions, mesh_trace, name_and_unit, with_unit
+from spinelib.figures import (
+    OTHER,
+    PREDICTED,
+    TRUTH,
+    in_true_proportions,
+    mesh_trace,
+    name_and_unit,
+    section_axes,
+    show_section,
+    with_unit,
+)
 from spinelib.geometry import Volume
 from spinelib.imaging.ct import AIR_HU
 from spinelib.imaging.sections import curved_section, heat_centres, projected, sampled
@@ -34,7 +44,6 @@ LEVELS = tuple(LEVEL_OF_LABEL[label] for label in LEVEL_ORDER)
 
 REGION_COLOURS = {"cervical": TRUTH, "thoracic": PREDICTED, "lumbar": OTHER}
 
-_LETTERS = {"sagittal": "AP", "coronal": "RL"}
 _SIDE_FIRST = ("sagittal", "coronal")
 _ALPHA, _EDGE_ALPHA = 0.38, 0.95
 _EYE = {"x": 1.15, "y": 1.75, "z": 0.2}  # far enough off for the head of a bent spine
@@ -68,7 +77,7 @@ def segmentation_panels(
     centres = {ending: _body_centres(volume) for ending, volume in shown.items()}
     path = list(centres.values())[-1]
     panels = [(curved_section(name, ct.grid, path), ending) for name in _SIDE_FIRST for ending in shown]
-    figure, all_axes, inches_per_mm = _panels([view for view, _ in panels])
+    figure, all_axes, inches_per_mm = section_axes([view for view, _ in panels])
     for axes, (view, ending) in zip(all_axes, panels, strict=True):
         found = _draw(axes, ct, shown[ending], view)
         axes.set_title(view.name + ending)
@@ -91,7 +100,7 @@ def location_panels(ct: Volume, heat: Volume, title: str = "") -> Figure:
     """
     centres = heat_centres(heat)
     views = [curved_section(name, ct.grid, centres, whole=True) for name in _SIDE_FIRST]
-    figure, panels, _ = _panels(views, beside_inches=0.9)
+    figure, panels, _ = section_axes(views, beside_inches=0.9)
     for axes, view in zip(panels, views, strict=True):
         _draw(axes, ct, None, view)
         seen, extent = projected(heat, ct.grid, view.name)
@@ -291,26 +300,10 @@ def _body_centres(labels):
 # --- drawing ---
 
 
-def _panels(views, beside_inches=0.0):
-    """Return a figure, its axes side by side at one scale, and that scale in inches a millimetre."""
-    widths = [view.extent[0] - view.extent[1] for view in views]
-    height = views[0].extent[3] - views[0].extent[2]
-    inches_per_mm = min(6.2 / height, 10.5 / sum(widths), 0.03)
-    size = (inches_per_mm * sum(widths) + 0.35 * len(views) + 0.6 + beside_inches, inches_per_mm * height + 0.9)
-    figure, panels = plt.subplots(1, len(views), figsize=size, width_ratios=widths, sharey=True, squeeze=False)
-    panels[0, 0].set_ylabel("superior (mm)")
-    return figure, list(panels[0]), inches_per_mm
-
-
 def _draw(axes, ct, labels, view):
     """Draw a view of a CT and of labels, if any; return the labels of its pixels."""
-    grey = {"cmap": "gray", "vmin": WINDOW_HU[0], "vmax": WINDOW_HU[1], "interpolation": "bilinear"}
-    axes.imshow(sampled(ct, view.points, order=1, fill=AIR_HU), extent=view.extent, **grey)
-    axes.set_xlabel("anterior (mm)" if view.name == "sagittal" else "right (mm)")
-    left, right, _, top = view.extent
-    for place, side, letter in zip((left, right), ("left", "right"), _LETTERS[view.name], strict=True):
-        style = {"va": "top", "ha": side, "color": "white", "weight": "bold", "fontsize": _NAME_POINTS}
-        axes.annotate(f" {letter} ", (place, top), xytext=(0, -2), textcoords="offset points", **style)
+    low, high = WINDOW_HU
+    show_section(axes, sampled(ct, view.points, order=1, fill=AIR_HU), view, vmin=low, vmax=high)
     if labels is None:
         return None
     found = sampled(labels, view.points, order=0)

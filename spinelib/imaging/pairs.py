@@ -164,7 +164,7 @@ def check_pair(pair: RegistrationPair) -> tuple[str, ...]:
     if not labels:
         message = (
             f"{pair.key}: the CT mask has no vertebra, labels 1 to 25 or 28. Fix: number the vertebrae as VerSe does, "
-            "or label them with `spinelib segment`."
+            "or label them with `spinelib predict --segment`."
         )
         raise InputError(message)
     _check_orientation(pair.ct_labels, pair.key, "CT")
