@@ -26,8 +26,8 @@ from spinelib.models.ctmr import SHIPPED_WEIGHTS, held_variants, load_variant, r
 from spinelib.polyrigid import register_polyrigid
 from spinelib.record import package_versions
 from spinelib.registration_evaluation import Method, network_method, solved_method
-from spinelib.registration_figures import DIRECTIONS, checkerboard, overlay, pose_table, vertebrae_before_after
-from spinelib.registration_metrics import registration_errors
+from spinelib.registration_figures import checkerboard, overlay, vertebrae_before_after
+from spinelib.registration_metrics import DIRECTIONS, pose_table, registration_errors
 from spinelib.report import page, result_folder, written_together
 
 FILES = (
@@ -66,7 +66,7 @@ class RegisteredPair:
     transforms : dict of int to ndarray (4, 4)
         Rigid motion of each vertebra, MR world mm to CT world mm.
     table : DataFrame
-        One row a vertebra, top to bottom: the columns of `registration_figures.pose_table`, procrustes_residual_mm
+        One row a vertebra, top to bottom: the columns of `registration_metrics.pose_table`, procrustes_residual_mm
         (distance of the field from the rigid motion, root mean square over the vertebra), those of `polyrigid.refine`,
         and the motion as matrix_00 to matrix_33, rows first.
     flags : list of str

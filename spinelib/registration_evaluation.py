@@ -4,6 +4,7 @@ Means are over pairs (of the mean over their vertebrae) with 95 % bootstrap inte
 is neither bone nor air where the true motion is known.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from time import perf_counter
@@ -178,6 +179,18 @@ def network_fields(model: CTMRModel, pair: RegistrationPair) -> Answer:
     device = next(model.parameters()).device
     batch = {name: value[None].to(device) for name, value in tensors.items()}
     return _answer(model.eval().register(batch), grid, pair)
+
+
+def stored_elastix(pairs: Iterable[RegistrationPair]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return scores of elastix on synthetic test pairs, as `evaluate_pairs` does; no row for pairs it has not seen.
+
+    They are stored, since itk-elastix takes 1.6 GB: `tests/benchmarks/registration_elastix.py` makes the file.
+    """
+    stored = json.loads(files("spinelib").joinpath("registration_elastix.json").read_text(encoding="utf8"))
+    sizes = {pair.key: int(np.count_nonzero(pair.ct_labels.values)) for pair in pairs}
+    known = [key for key, size in stored["label_voxels"].items() if sizes.get(key) == size]
+    tables = (pd.DataFrame(stored[name]) for name in ("vertebrae", "fields"))
+    return tuple(table[table["pair"].isin(known)] for table in tables)
 
 
 # --- tables ---

@@ -18,7 +18,6 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from nibabel.affines import apply_affine
 from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
 from spinelib.deformation import DisplacementField, warp_labels
 from spinelib.errors import InputError
@@ -40,6 +39,7 @@ from spinelib.imaging.surfaces import vertebra_meshes
 from spinelib.imaging.verse import body_centroids_mm
 from spinelib.levels import COLOURS, LEVEL_OF_LABEL
 from spinelib.registration_evaluation import NAMES, by_method
+from spinelib.registration_metrics import DIRECTIONS, pose_table
 
 WINDOW_HU = (-200.0, 700.0)
 """Grey values of the CT from black to white: bone, and a little of soft tissue."""
@@ -51,7 +51,6 @@ DETERMINANTS = (0.5, 2.0)
 """Ends of the colours of a Jacobian map."""
 
 BEFORE, FOLD, _LINES = "#F0E442", "#FF00FF", "#56B4E9"
-DIRECTIONS = ("right", "anterior", "superior")
 
 _VIEWS = ("sagittal", "coronal")
 _ACROSS = {"sagittal": 1, "coronal": 0}
@@ -164,27 +163,6 @@ def jacobian_map(field: DisplacementField, ct_labels: Volume, title: str = "") -
     return _finished(figure, title, [Patch(color=FOLD, label=f"folded: {folded:.2g}% of the voxels")])
 
 
-def pose_table(transforms: Mapping[int, np.ndarray], ct_labels: Volume) -> pd.DataFrame:
-    """Return what rigid motions from MR to CT do to each vertebra, in the order given.
-
-    Returns
-    -------
-    DataFrame
-        label, level; rotation_<direction>_deg: components of the rotation vector (its direction is the axis, its length
-        the angle; for small angles the turns about the axes in any order) along right, anterior and superior;
-        translation_<direction>_mm: way of the point that goes to the centroid of the CT label.
-    """
-    rows = []
-    for label, matrix in transforms.items():
-        centre = apply_affine(ct_labels.affine, np.argwhere(ct_labels.values == label).mean(axis=0))
-        turn = Rotation.from_matrix(np.asarray(matrix)[:3, :3]).as_rotvec(degrees=True)
-        way = centre - apply_affine(np.linalg.inv(matrix), centre)
-        row = {"label": label, "level": LEVEL_OF_LABEL[label]}
-        row |= {f"rotation_{name}_deg": value for name, value in zip(DIRECTIONS, turn, strict=True)}
-        rows.append(row | {f"translation_{name}_mm": value for name, value in zip(DIRECTIONS, way, strict=True)})
-    return pd.DataFrame(rows)
-
-
 def pose_plot(
     transforms: Mapping[int, np.ndarray],
     ct_labels: Volume,
@@ -229,6 +207,8 @@ def method_boxes(
 ) -> Figure:
     """Return a box of each method: quartiles, whiskers to 1.5 times their distance, every row as a dot.
 
+    Where single rows would squeeze the boxes, the axis ends before them and arrows stand for them.
+
     Parameters
     ----------
     rows : DataFrame
@@ -252,8 +232,9 @@ def method_boxes(
     marks = {} if published is None else dict(zip(published["method"], published[value], strict=True))
     marks = {method: marks.get(method, np.nan) for method in groups}
     figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(groups) + 1.2))
+    end = _end_of_axis([*groups.values(), list(marks.values())])
     for place, (method, values) in enumerate(groups.items()):
-        _box(axes, place, values, _METHOD_COLOURS.get(method, "#777777"))
+        _box(axes, place, values, _METHOD_COLOURS.get(method, "#777777"), end)
     if np.isfinite(list(marks.values())).any():
         axes.plot(
             marks.values(), range(len(marks)), "x", color="black", ms=6, mew=1.5, label="published mean, other data"
@@ -263,6 +244,8 @@ def method_boxes(
         axes.set_xscale("log")
     axes.set_yticks(range(len(groups)), [NAMES.get(method, method) for method in groups], fontsize=8)
     axes.set(ylim=(len(groups) - 0.4, -0.6), xlabel=_VALUE_NAMES.get(value, with_unit(*name_and_unit(value))))
+    if np.isfinite(end):
+        axes.set_xlim(right=1.02 * end)
     axes.set_title(title)
     axes.grid(axis="x", color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
@@ -362,7 +345,18 @@ def _write_names(axes, view, centres):
             axes.text(across, centre[2], LEVEL_OF_LABEL[label], path_effects=outline, **style)
 
 
-def _box(axes, place, values, colour):
+def _end_of_axis(groups) -> float:
+    """Return where an axis ends that shows all whiskers, if the largest value lies beyond twice that; else infinity."""
+    groups = [np.asarray(values, float)[np.isfinite(values)] for values in groups]
+    tops = []
+    for values in filter(len, groups):
+        low, high = np.percentile(values, (25, 75))
+        tops.append(values[values <= high + 1.5 * (high - low)].max())
+    end = 1.1 * max(tops)
+    return end if max(values.max() for values in groups if len(values)) > 2 * end else np.inf
+
+
+def _box(axes, place, values, colour, end):
     line = {"color": colour, "lw": 1.2}
     axes.boxplot(
         values,
@@ -378,6 +372,8 @@ def _box(axes, place, values, colour):
         manage_ticks=False,
     )
     offsets = np.random.default_rng(0).uniform(-0.2, 0.2, len(values))
-    axes.plot(values, place + offsets, ".", color=colour, ms=4.5, alpha=0.45, mew=0, zorder=3)
+    beyond = values > end
+    axes.plot(values[~beyond], place + offsets[~beyond], ".", color=colour, ms=4.5, alpha=0.45, mew=0, zorder=3)
+    axes.plot(np.full(beyond.sum(), end), place + offsets[beyond], ">", color=colour, ms=5, mew=0, zorder=3)
     at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": colour}
     axes.annotate(f"{np.median(values):#.3g}, n = {len(values)}", (1.02, place), **at)

@@ -5,6 +5,7 @@ the image's border one-sided, everything in world mm. The measures that compare 
 are coarse: pass the true field as the field to know it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 from jaxtyping import Bool
 from nibabel.affines import apply_affine
 from scipy.ndimage import binary_erosion
+from scipy.spatial.transform import Rotation
 
 from spinelib.deformation import DisplacementField, covers, rigid_fit, rotation_deg, warp_labels
 from spinelib.errors import InputError
@@ -33,9 +35,32 @@ COLUMNS = (
     "bone_tre_mm",
 )
 
+DIRECTIONS = ("right", "anterior", "superior")
+
 _LEAST_DETERMINANT = 1e-9  # folds have no logarithm
 
 Mask = Bool[np.ndarray, "right anterior superior"]
+
+
+def pose_table(transforms: Mapping[int, np.ndarray], ct_labels: Volume) -> pd.DataFrame:
+    """Return what rigid motions from MR to CT do to each vertebra, in the order given.
+
+    Returns
+    -------
+    DataFrame
+        label, level; rotation_<direction>_deg: components of the rotation vector (its direction is the axis, its length
+        the angle; for small angles the turns about the axes in any order) along right, anterior and superior;
+        translation_<direction>_mm: way of the point that goes to the centroid of the CT label.
+    """
+    rows = []
+    for label, matrix in transforms.items():
+        centre = apply_affine(ct_labels.affine, np.argwhere(ct_labels.values == label).mean(axis=0))
+        turn = Rotation.from_matrix(np.asarray(matrix)[:3, :3]).as_rotvec(degrees=True)
+        way = centre - apply_affine(np.linalg.inv(matrix), centre)
+        row = {"label": label, "level": LEVEL_OF_LABEL[label]}
+        row |= {f"rotation_{name}_deg": value for name, value in zip(DIRECTIONS, turn, strict=True)}
+        rows.append(row | {f"translation_{name}_mm": value for name, value in zip(DIRECTIONS, way, strict=True)})
+    return pd.DataFrame(rows)
 
 
 def registration_errors(

@@ -24,7 +24,7 @@ from spinelib.imaging.readers import read_volume
 from spinelib.models.ctmr import CTMRModel, save_variants
 from spinelib.polyrigid import Registration, register_polyrigid
 from spinelib.register import FILES, quality_flags
-from spinelib.registration_figures import DIRECTIONS
+from spinelib.registration_metrics import DIRECTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LEVELS = {UPPER: "L3", LOWER: "L4"}

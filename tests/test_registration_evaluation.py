@@ -1,6 +1,8 @@
 """Scores of registrations: what each method must reach on drawn pairs, tables and names."""
 
+import json
 from dataclasses import replace
+from importlib import resources
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from drawn_registration import drawn_pair
 from spinelib import registration_evaluation as evaluation
 from spinelib.deformation import DisplacementField
 from spinelib.errors import InputError
+from spinelib.geometry import Volume
 from spinelib.models.ctmr import CTMRModel
 
 SHIFT_MM = np.array([3.0, 1.0, -2.0])
@@ -104,3 +107,17 @@ def test_one_rigid_motion_for_all(pair):
     middle = np.array([[[24.0, 24.0, 30.0]]])
     np.testing.assert_allclose(backward.moved(forward.moved(middle)), middle, atol=0.05)
     assert np.abs(forward.jacobian() - np.eye(3)).max() < 0.2
+
+
+def test_stored_scores_are_of_the_pairs_they_were_made_on(pair):
+    text = resources.files("spinelib").joinpath("registration_elastix.json").read_text()
+    key, voxels = next(iter(json.loads(text)["label_voxels"].items()))
+    labels = np.zeros(pair.ct_labels.values.shape, np.uint8)
+    labels.flat[:voxels] = 20
+    same = replace(pair, key=key, ct_labels=Volume(labels, pair.ct_labels.affine))
+    vertebrae, fields = evaluation.stored_elastix([pair, same])
+    assert set(vertebrae["pair"]) == set(fields["pair"]) == {key}
+    assert set(vertebrae["method"]) == {"elastix"} and vertebrae["dice"].between(0, 1).all()
+    assert evaluation.table_rows(vertebrae, fields)["pairs"].tolist() == [1]
+    other = replace(same, ct_labels=pair.ct_labels)
+    assert not any(len(table) for table in evaluation.stored_elastix([other]))

@@ -21,6 +21,7 @@ from spinelib.geometry import Volume, VolumeGrid
 from spinelib.imaging.sections import sampled
 from spinelib.imaging.surfaces import vertebra_meshes
 from spinelib.levels import COLOURS
+from spinelib.registration_metrics import DIRECTIONS, pose_table
 
 mpl.use("agg")
 pytestmark = pytest.mark.usefixtures("house_style")
@@ -147,19 +148,19 @@ def test_pose_table_holds_rotation_vector_and_way_of_the_centroid(turn, way):
     matrix = np.eye(4)
     matrix[:3, :3] = Rotation.from_rotvec(turn).as_matrix()
     matrix[:3, 3] = centre - matrix[:3, :3] @ (centre - way)
-    (row,) = figures.pose_table({20: matrix}, labels).to_dict("records")
+    (row,) = pose_table({20: matrix}, labels).to_dict("records")
     assert row["level"] == "L1"
-    np.testing.assert_allclose([row[f"rotation_{n}_deg"] for n in figures.DIRECTIONS], np.degrees(turn), atol=1e-6)
-    np.testing.assert_allclose([row[f"translation_{n}_mm"] for n in figures.DIRECTIONS], way, atol=1e-9)
+    np.testing.assert_allclose([row[f"rotation_{n}_deg"] for n in DIRECTIONS], np.degrees(turn), atol=1e-6)
+    np.testing.assert_allclose([row[f"translation_{n}_mm"] for n in DIRECTIONS], way, atol=1e-9)
 
 
 def test_poses_stand_by_level_beside_the_truth(case):
     found = {label: np.eye(4) for label in case.transforms}
     figure = figures.pose_plot(found, case.ct_labels, case.transforms)
     assert legend_names(figure) == ["true", "estimate"]
-    truth = figures.pose_table(case.transforms, case.ct_labels)
+    truth = pose_table(case.transforms, case.ct_labels)
     for row, (kind, unit) in enumerate((("rotation", "deg"), ("translation", "mm"))):
-        for axes, name in zip(figure.axes[3 * row : 3 * row + 3], figures.DIRECTIONS, strict=True):
+        for axes, name in zip(figure.axes[3 * row : 3 * row + 3], DIRECTIONS, strict=True):
             true, estimate = axes.lines[:2]
             np.testing.assert_allclose(true.get_xdata(), truth[f"{kind}_{name}_{unit}"])
             np.testing.assert_allclose(estimate.get_xdata(), 0, atol=1e-9)
@@ -195,6 +196,16 @@ def test_boxes_stand_by_method_with_published_means():
     assert axes.get_xlabel() == "Dice"
     assert axes.get_xscale() == "linear"
     assert legend_names(figure) == ["published mean, other data"]
+
+
+def test_single_rows_far_off_are_arrows():
+    rows = pd.DataFrame({"method": ["affine"] * 9 + ["pc"] * 4, "volume_change_pct": [0.0] * 8 + [500.0, 5, 6, 7, 8]})
+    axes = figures.method_boxes(rows, "volume_change_pct").axes[0]
+    assert 8.0 < axes.get_xlim()[1] < 16.0
+    arrows = [line for line in axes.lines if line.get_marker() == ">" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in arrows] == [[pytest.approx(8.8)]]
+    dots = [line for line in axes.lines if line.get_marker() == "."]
+    assert sorted(len(line.get_xdata()) for line in dots) == [4, 8]
 
 
 def test_wide_ranges_are_logarithmic_and_nothing_is_invented():
