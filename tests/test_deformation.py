@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from spinelib.deformation import (
     DisplacementField,
     covers,
+    framed,
     grid_points_mm,
     read_field,
     resample,
@@ -356,3 +357,14 @@ def test_itk_is_given_no_sheared_grid(tmp_path):
     affine[0, 1] = 0.2
     with pytest.raises(InputError, match="right angles"):
         write_itk_transform(tmp_path / "field.h5", DisplacementField.zero(VolumeGrid((4, 4, 4), affine)))
+
+
+def test_a_part_of_a_volume_stays_where_it_is():
+    values = np.arange(6 * 7 * 8).reshape(6, 7, 8)
+    volume = Volume(values, np.diag([2.0, 1.0, 3.0, 1.0]))
+    mask = np.zeros(values.shape, bool)
+    mask[4, 3:5, 1] = True
+    part = framed(volume, mask, margin_mm=2.0)
+    np.testing.assert_array_equal(part.values, values[3:6, 1:7, 0:3])
+    np.testing.assert_allclose(part.affine[:3, 3], [6.0, 1.0, 0.0])
+    assert framed(volume, mask).values.shape == (1, 2, 1)

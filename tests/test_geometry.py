@@ -1,9 +1,12 @@
 """Frames, grids and planar motion: analytic truth, round trips, invariance, bad input."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, PlanarTransform, Projection, VolumeGrid, move_projection
@@ -93,3 +96,12 @@ def test_volume_grid_covers_its_bounds():
 def test_bad_input_is_named(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_corners_of_an_oblique_grid():
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("z", 30, degrees=True).as_matrix() * [1.0, 2.0, 3.0]
+    affine[:3, 3] = [5.0, -7.0, 11.0]
+    corners = VolumeGrid((3, 4, 5), affine).corners_mm()
+    expected = [affine[:3, :3] @ index + affine[:3, 3] for index in product((0, 2), (0, 3), (0, 4))]
+    np.testing.assert_allclose(corners, expected)

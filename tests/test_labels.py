@@ -5,7 +5,7 @@ import pytest
 
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
-from spinelib.imaging.labels import curves_from_labels
+from spinelib.imaging.labels import curves_from_labels, signed_distance
 from spinelib.levels import VERSE_LABELS
 
 
@@ -52,3 +52,17 @@ def test_bad_labels_are_named(values, affine, words):
     labels[10:12, 10:12] = 1
     with pytest.raises(InputError, match=words):
         curves_from_labels(Volume(labels, affine), values)
+
+
+def test_distance_to_the_faces_of_a_mask():
+    values = np.zeros((6, 7, 8), np.uint8)
+    values[2:5, 3:6, 0:4] = 7  # touches the border: the distance goes on beyond it
+    values[0, 0, 0] = 8
+    labels = Volume(values, np.array([[2.0, 0, 0, 10], [0, 1, 0, 20], [0, 0, 3, 30], [0, 0, 0, 1]]))
+    distance = signed_distance(labels, 7, margin_mm=4.0)
+    assert distance.values.shape == (3 + 2 * 2, 3 + 2 * 4, 4 + 2 * 2)
+    np.testing.assert_allclose(distance.affine[:3, 3], [10 + 2 * 2 - 4, 20 + 3 - 4, 30 - 6])
+    np.testing.assert_array_equal(np.argwhere(distance.values < 0).min(0), [2, 4, 2])
+    assert np.count_nonzero(distance.values < 0) == np.count_nonzero(values == 7)
+    right = distance.values[:, 5, 3]  # a line of 2 mm steps; the finest side is 1 mm, so faces lie half of that off
+    np.testing.assert_allclose(right[[0, 1, 2]], [4 - 0.5, 2 - 0.5, 0.5 - 2])
