@@ -9,6 +9,7 @@ memory trains at the speed of the disk.
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from spinelib.geometry import PlanarGrid, Projection
 from spinelib.models.datasets import CurveExample
 from spinelib.phantom.cohort import DXA_SPACING_MM, render_dxa
 from spinelib.phantom.population import describe, sample_subject
+from spinelib.record import written_atomically
 from spinelib.spine import Curves
 
 SHARD = 256
@@ -145,9 +147,8 @@ def _make_shard(folder, seed, number, mix, device):
     arrays, people = zip(*rendered, strict=True)
     packed = {name: np.ascontiguousarray(np.stack([a[name] for a in arrays])) for name in _FIELDS}
     path = _path(folder, seed, number)
-    part = path.with_suffix(".part")
-    save_file(packed, part, metadata={"people": json.dumps(people), "failed": json.dumps(failed)})
-    part.replace(path)
+    about = {"people": json.dumps(people), "failed": json.dumps(failed)}
+    written_atomically(path, [".safetensors"], partial(save_file, packed, metadata=about))
 
 
 def _person(seed, mix, device):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spinelib.models.kernel import KernelRegressor
 from spinelib.models.locator import SpineLocator, locate
 from spinelib.models.windows import WindowSet
 from spinelib.novelty import Novelty, window_features
+from spinelib.record import written_atomically
 from spinelib.spine import CURVE_COLUMNS, K_DEFAULT, Curves
 from spinelib.uncertainty import Calibration
 
@@ -141,7 +143,7 @@ class CurvePredictor:
             tensors |= {
                 f"novelty.{k}": _stored(torch.from_numpy(v), half) for k, v in self.novelty.to_tensors().items()
             }
-        save_file(tensors, path, metadata=header)
+        written_atomically(path, [".safetensors"], partial(save_file, tensors, metadata=header))
 
     @classmethod
     def load(cls, path=None) -> "CurvePredictor":

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from spinelib.models.traversal import Outline, spine_heat, traverse
 from spinelib.models.vertebra_datasets import LEVEL_CUBE, PATCH, SPINE_STEP
 from spinelib.models.vertebra_networks import LevelNet, SpineFinder, VertebraUNet, VoteUNet
 from spinelib.models.voting import gather, vote
+from spinelib.record import written_atomically
 
 FORMAT = "spinelib-vertebrae-2"
 SHIPPED_WEIGHTS = "vertebrae.safetensors"
@@ -157,7 +159,7 @@ class VertebraSegmenter:
         }
         channels = {name: net.channels for name, net in self._nets().items() if hasattr(net, "channels")}
         header = {"format": FORMAT, "channels": json.dumps(channels), "card": json.dumps(self.card)}
-        save_file(tensors, path, metadata=header)
+        written_atomically(path, [".safetensors"], partial(save_file, tensors, metadata=header))
 
     def _nets(self):
         return {"finder": self.finder, "voter": self.voter, "outliner": self.outliner, "namer": self.namer}

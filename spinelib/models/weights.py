@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spinelib.errors import InputError
-from spinelib.record import file_sha256
+from spinelib.record import file_sha256, written_atomically
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class WeightsFile:
             for name, network in networks.items()
             for key, value in network.state_dict().items()
         }
-        save_file(
-            tensors, path, {"format": self.format, "variants": json.dumps(list(networks)), "card": json.dumps(card)}
-        )
+        about = {"format": self.format, "variants": json.dumps(list(networks)), "card": json.dumps(card)}
+        written_atomically(path, [".safetensors"], partial(save_file, tensors, metadata=about))
 
     def load(self, name: str, path=None) -> nn.Module:
         """Return a trained network in evaluation mode; without a path, of the weights shipped with the package.
