@@ -95,7 +95,6 @@ def _add_predict(commands) -> None:
         "--register", nargs=2, metavar=("CT", "MR"), help="lay a CT on an MR, vertebrae rigid; needs --labels"
     )
     parser.add_argument("--labels", metavar="CT_MASK", help="vertebrae of the CT, numbered as VerSe does")
-    parser.add_argument("--soft", action="store_true", help="with --register: register soft tissue too (slower)")
     parser.add_argument("--ap", metavar="IMAGE", help="frontal radiograph (patient's right on the left); needs --lat")
     parser.add_argument("--lat", metavar="IMAGE", help="lateral radiograph (anterior on the left)")
     parser.add_argument(
@@ -152,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    if arguments.register or arguments.labels or arguments.soft:
+    if arguments.register or arguments.labels:
         from spinelib.register import register_command
 
         return register_command(arguments)

@@ -25,7 +25,7 @@ from spinelib.imaging.readers import read_scan, write_volume
 from spinelib.models.ctmr import SHIPPED_WEIGHTS, held_variants, load_variant, read_card
 from spinelib.polyrigid import register_polyrigid
 from spinelib.record import package_versions
-from spinelib.registration_evaluation import Method, network_method, solved_method
+from spinelib.registration_evaluation import Method, network_method
 from spinelib.registration_figures import checkerboard, overlay, vertebrae_before_after
 from spinelib.registration_metrics import DIRECTIONS, pose_table, registration_errors
 from spinelib.report import page, result_folder, written_together
@@ -41,9 +41,6 @@ FILES = (
     "registration.json",
     "index.html",
 )
-
-SOFT_VARIANT = "pc_rd"
-"""Published objective for soft tissue: the one with the best mean rigidity, by the authors' figure."""
 
 RESIDUAL_FLAG_MM = 0.1
 """Root mean square distance of the field from a rigid motion over a vertebra; more is flagged."""
@@ -89,11 +86,10 @@ def register_command(args) -> int:
     """
     others = (args.inputs, args.ct, args.segment, args.ap, args.lat, args.centroids, args.spacing)
     if not args.register or not args.labels or any(others):
-        two = bool(args.register), bool(args.labels)
-        given = "another input besides" if all(two) else "one of the two alone" if any(two) else "neither"
+        given = "another input besides" if args.register and args.labels else "one of the two alone"
         message = f"a registration needs --register CT MR and --labels CT_MASK and nothing else, given {given}."
         raise InputError(message)
-    method, soft = soft_tissue(args.weights, args.soft)
+    method, soft = soft_tissue(args.weights)
     start = perf_counter()
     pair, header = read_images(*args.register, args.labels)
     out = result_folder(args.output, FILES, args.force)
@@ -114,34 +110,21 @@ def register_command(args) -> int:
     return 0
 
 
-def soft_tissue(weights=None, solve: bool = False) -> tuple[Method | None, dict | str]:
-    """Return what moves tissue far from bone, and its description.
+def soft_tissue(weights=None) -> tuple[Method | None, dict | str]:
+    """Return what moves tissue far from bone, and its description; None is the rigid alignment of the spine.
 
     Parameters
     ----------
     weights : path, optional
         Of a network of `spinelib train ctmr`; by default those shipped, if there are any.
-    solve : bool
-        Solve the objective `SOFT_VARIANT` for the pair instead.
-
-    Returns
-    -------
-    method : callable or None
-        None: the rigid alignment of the spine.
-    description : dict or str
 
     Raises
     ------
     InputError
-        If weights are given, or shipped, and cannot be read; if both ways are asked for.
+        If weights are given, or shipped, and cannot be read.
     """
-    if solve and weights is not None:
-        message = "give either --soft or --weights: both say what moves soft tissue."
-        raise InputError(message)
-    if solve:
-        return solved_method(SOFT_VARIANT), f"the objective {SOFT_VARIANT} of Jian 2022, solved for this pair"
     if weights is None and not files("spinelib").joinpath("weights", SHIPPED_WEIGHTS).is_file():
-        return None, "tissue far from bone follows the rigid alignment of the spine; --soft registers it too"
+        return None, "no network: no weights are shipped; tissue far from bone follows the rigid alignment of the spine"
     variant = held_variants(weights)[0]
     return network_method(load_variant(variant, weights)), {"network": variant} | read_card(weights)
 
