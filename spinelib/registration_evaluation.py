@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 import torch
+from nibabel.affines import apply_affine
 from tqdm.auto import tqdm
 
 from spinelib.deformation import DisplacementField, covers, warp_volume
@@ -60,6 +61,9 @@ MEASURES = (*VERTEBRA_MEASURES, "failed", *FIELD_MEASURES)
 
 FAILURE_MM = 3.0
 """A vertebra whose bone is off by more has failed."""
+
+LARGE_MM, WHOLE_SHARE = 4.0, 0.95
+"""What `difficulty_rows` calls a large motion, and a vertebra that is whole in the MR."""
 
 _AIR_HU = -300.0
 
@@ -223,6 +227,45 @@ def by_method(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return sorted(rows.groupby("method", sort=False), key=lambda group: order.get(group[0], len(order)))
 
 
+def difficulty_rows(vertebrae: pd.DataFrame, pairs: Iterable[RegistrationPair]) -> pd.DataFrame:
+    """Return scores where registration is easy and where it is hard, of the methods that have seen every pair.
+
+    Parameters
+    ----------
+    vertebrae : DataFrame
+        Of `evaluate_pairs`, 'identity' among its methods.
+    pairs : iterable of RegistrationPair
+        Those with a true motion count.
+
+    Returns
+    -------
+    DataFrame
+        group, method, name, pairs, vertebrae, and mean and interval of 'dice', 'bone_tre_mm', 'failed'. A motion is
+        large where bone is more than `LARGE_MM` off before registration, a vertebra cut where the MR shows less than
+        `WHOLE_SHARE` of it.
+    """
+    views = [(pair.key, label, share) for pair in pairs for label, share in _shares_in_view(pair).items()]
+    table = vertebrae.merge(pd.DataFrame(views, columns=["pair", "label", "in_view"]), on=["pair", "label"])
+    start = table[table["method"] == "identity"].set_index(["pair", "label"])["bone_tre_mm"].rename("start_mm")
+    table = table.join(start, on=["pair", "label"])
+    seen = table.groupby("method")["pair"].transform("nunique") == table["pair"].nunique()
+    groups = {
+        "small motion": table["start_mm"] <= LARGE_MM,
+        "large motion": table["start_mm"] > LARGE_MM,
+        "whole in the MR": table["in_view"] >= WHOLE_SHARE,
+        "cut by the MR's border": table["in_view"] < WHOLE_SHARE,
+    }
+    rows = []
+    for group, inside in groups.items():
+        for method, part in by_method(table[seen & inside]):
+            row = {"group": group, "method": method, "name": NAMES.get(method, method)}
+            row |= {"pairs": part["pair"].nunique(), "vertebrae": len(part)}
+            for measure in ("dice", "bone_tre_mm", "failed"):
+                row |= interval_columns(measure, part.groupby("pair")[measure].mean())
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def published_rows() -> pd.DataFrame:
     """Return published results with their sources, in the columns of `table_rows`: other data, not comparable."""
     with files("spinelib").joinpath("published_registration.csv").open() as file:
@@ -246,6 +289,15 @@ def _kind(method):
     if method in VARIANTS:
         return "objective"
     return "network" if method == "this_run" else "baseline"
+
+
+def _shares_in_view(pair) -> dict[int, float]:
+    """Return the share of each vertebra of the CT that lies in the MR, by the true motion; nothing without it."""
+    shares = {}
+    for label, transform in (pair.transforms or {}).items():
+        points = apply_affine(pair.ct_labels.affine, np.argwhere(pair.ct_labels.values == label))
+        shares[label] = float(covers(pair.mr.grid, apply_affine(np.linalg.inv(transform), points)).mean())
+    return shares
 
 
 def _regions(pair):

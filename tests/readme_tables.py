@@ -30,6 +30,7 @@ TABLES = {
     "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
     "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
     "registration": REFERENCE / "laptop" / "tables" / "registration_scores.csv",
+    "hard_registration": REFERENCE / "laptop" / "tables" / "registration_difficulty.csv",
     "real_registration": REFERENCE / "laptop" / "tables" / "real_registration_scores.csv",
 }
 COLUMNS = {
@@ -145,6 +146,14 @@ COLUMNS = {
         "published_dice": "*published Dice*",
         "published_volume_change_pct": "*published volume change (%)*",
     },
+    "hard_registration": {
+        "group": "vertebrae",
+        "name": "method",
+        "dice": "Dice",
+        "bone_tre_mm": "bone (mm)",
+        "failed": "failed",
+        "vertebrae": "n",
+    },
     "real_registration": {
         "name": "method",
         "dice": "Dice",
@@ -173,6 +182,10 @@ def as_markdown(name: str) -> str:
         table["shape_hd_mm"] = pd.to_numeric(table["shape_hd_mm"]).map("{:.2f}".format).replace("nan", "-")
     if name == "agreement":
         table = _angles_of_ours_and_ridge(table)
+    if name == "hard_registration":
+        hard = table["group"].isin(["large motion", "cut by the MR's border"])
+        table = table[hard & table["method"].isin(["affine", "sitk_pervertebra", "ours"])]
+        table = _with_intervals(table, ["dice", "bone_tre_mm"])
     if name in ("registration", "real_registration"):
         table = _with_intervals(table, ["dice", "bone_tre_mm", "rotation_error_deg", "soft_tre_mm"])
         table["nonrigidity"] = table["nonrigidity"].map("{:.4f}".format)

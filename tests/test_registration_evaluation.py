@@ -121,3 +121,24 @@ def test_stored_scores_are_of_the_pairs_they_were_made_on(pair):
     assert evaluation.table_rows(vertebrae, fields)["pairs"].tolist() == [1]
     other = replace(same, ct_labels=pair.ct_labels)
     assert not any(len(table) for table in evaluation.stored_elastix([other]))
+
+
+def test_easy_and_hard_vertebrae_are_told_apart(pair, scores):
+    half = replace(pair, key="again", mr=Volume(pair.mr.values[: len(pair.mr.values) // 2], pair.mr.affine))
+    vertebrae = pd.concat([scores[0], scores[0].assign(method="elastix").query("pair == 'again'")])
+    rows = evaluation.difficulty_rows(vertebrae, [pair, half])
+    assert list(rows["group"].unique()) == ["small motion", "whole in the MR", "cut by the MR's border"]
+    assert set(rows["method"]) == {"identity", "ceiling"}  # elastix has not seen every pair
+    still = rows[rows["method"] == "identity"].set_index("group")
+    assert still["vertebrae"].tolist() == [
+        4,
+        1,
+        3,
+    ]  # the shift takes one out of the first MR, half of the other is gone
+    assert still["pairs"].tolist() == [2, 1, 2]
+    np.testing.assert_allclose(still["bone_tre_mm"], np.linalg.norm(SHIFT_MM), atol=1e-4)
+    far = vertebrae.assign(bone_tre_mm=vertebrae["bone_tre_mm"].where(vertebrae["label"] == 20, 9.0))
+    rows = evaluation.difficulty_rows(far, [pair, half])
+    assert rows.query("group == 'large motion' and method == 'ceiling'")["vertebrae"].tolist() == [2]
+    nothing = evaluation.difficulty_rows(vertebrae, [replace(pair, transforms=None, field=None)])
+    assert nothing.empty
