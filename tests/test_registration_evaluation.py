@@ -134,7 +134,7 @@ def test_easy_and_hard_vertebrae_are_told_apart(pair, scores):
         4,
         1,
         3,
-    ]  # the shift takes one out of the first MR, half of the other is gone
+    ]  # the shift takes one out of the first MR
     assert still["pairs"].tolist() == [2, 1, 2]
     np.testing.assert_allclose(still["bone_tre_mm"], np.linalg.norm(SHIFT_MM), atol=1e-4)
     far = vertebrae.assign(bone_tre_mm=vertebrae["bone_tre_mm"].where(vertebrae["label"] == 20, 9.0))
