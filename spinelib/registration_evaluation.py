@@ -66,6 +66,7 @@ LARGE_MM, WHOLE_SHARE = 4.0, 0.95
 """What `difficulty_rows` calls a large motion, and a vertebra that is whole in the MR."""
 
 _AIR_HU = -300.0
+_SAME = 0.005  # of the labelled voxels of a pair: rounding differs between machines
 
 Answer = tuple[DisplacementField, DisplacementField | None]
 """MR to CT on the MR's grid, and CT to MR on the CT's grid where the method gives it."""
@@ -192,7 +193,7 @@ def stored_elastix(pairs: Iterable[RegistrationPair]) -> tuple[pd.DataFrame, pd.
     """
     stored = json.loads(files("spinelib").joinpath("registration_elastix.json").read_text(encoding="utf8"))
     sizes = {pair.key: int(np.count_nonzero(pair.ct_labels.values)) for pair in pairs}
-    known = [key for key, size in stored["label_voxels"].items() if sizes.get(key) == size]
+    known = [key for key, size in stored["label_voxels"].items() if abs(sizes.get(key, 0) - size) <= _SAME * size]
     tables = (pd.DataFrame(stored[name]) for name in ("vertebrae", "fields"))
     return tuple(table[table["pair"].isin(known)] for table in tables)
 
