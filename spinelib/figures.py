@@ -298,7 +298,7 @@ def spine_panels(spine: Spine, title: str = "") -> Figure:
     return figure
 
 
-def section_axes(views, beside_inches: float = 0.0, below_inches: float = 0.9):
+def section_axes(views, beside_inches: float = 0.0, below_inches: float = 0.9) -> tuple[Figure, list, float]:
     """Return a figure, its axes side by side at one scale, and that scale in inches a millimetre.
 
     Parameters

@@ -64,7 +64,7 @@ def placements(ct: Volume, ct_labels: Volume, mr: Volume) -> tuple[np.ndarray, n
 
 
 def affine_prealign(ct: Volume, ct_labels: Volume, mr: Volume) -> np.ndarray:
-    """Return the refined one of `placements`."""
+    """Return the refined one of `placements`: MR to CT, (4, 4), world mm; parameters and errors are the same."""
     return placements(ct, ct_labels, mr)[1]
 
 

@@ -222,6 +222,13 @@ def table_rows(vertebrae: pd.DataFrame, fields: pd.DataFrame, data: str = "unsee
     return pd.DataFrame(rows)
 
 
+def on_the_same_pairs(vertebrae: pd.DataFrame, fields: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of both tables of `evaluate_pairs` whose pairs every method has seen: those may be compared."""
+    methods = fields.groupby("pair")["method"].nunique()
+    shared = methods.index[methods == fields["method"].nunique()]
+    return vertebrae[vertebrae["pair"].isin(shared)], fields[fields["pair"].isin(shared)]
+
+
 def by_method(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Return the methods in the order of `NAMES`, others last, each with its rows."""
     order = {name: place for place, name in enumerate(NAMES)}

@@ -38,6 +38,7 @@ from spinelib.imaging.sections import Section, curved_section, sampled
 from spinelib.imaging.surfaces import vertebra_meshes
 from spinelib.imaging.verse import body_centroids_mm
 from spinelib.levels import COLOURS, LEVEL_OF_LABEL
+from spinelib.models.ctmr import VARIANTS
 from spinelib.registration_evaluation import NAMES, by_method
 from spinelib.registration_metrics import DIRECTIONS, pose_table
 
@@ -56,8 +57,7 @@ _VIEWS = ("sagittal", "coronal")
 _ACROSS = {"sagittal": 1, "coronal": 0}
 _BELOW = 1.2  # inches for titles and legend
 _CT_TINT, _MR_TINT = np.array([1.0, 0.9, 0.72]), np.array([0.82, 0.93, 1.0])
-_NETWORKS = ("baseline", "pc", "oc", "rd", "rf", "pc_oc", "pc_rd", "pc_rf")
-_METHOD_COLOURS = dict.fromkeys(_NETWORKS, TRUTH) | {
+_METHOD_COLOURS = dict.fromkeys(VARIANTS, TRUTH) | {
     "ours": PREDICTED,
     "ours_soft": PREDICTED,
     "this_run": "#E69F00",

@@ -35,7 +35,7 @@ def test_a_shift_is_found(batch, baseline):
     forward, _ = integrate(baseline)
     bone = warped_labels(batch["labels"], forward)[0] > 0
     found_mm = 1.5 * forward[0, :, bone].mean(1).numpy()
-    assert np.linalg.norm(found_mm - SHIFT_MM) < 1.0 < np.linalg.norm(SHIFT_MM) / 2
+    assert np.linalg.norm(found_mm - SHIFT_MM) < 1.0
 
 
 def test_the_objective_falls(batch, baseline):

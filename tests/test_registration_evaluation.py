@@ -142,3 +142,13 @@ def test_easy_and_hard_vertebrae_are_told_apart(pair, scores):
     assert rows.query("group == 'large motion' and method == 'ceiling'")["vertebrae"].tolist() == [2]
     nothing = evaluation.difficulty_rows(vertebrae, [replace(pair, transforms=None, field=None)])
     assert nothing.empty
+
+
+def test_methods_are_compared_on_pairs_that_all_have_seen(scores):
+    vertebrae, fields = (table[(table["method"] != "ceiling") | (table["pair"] == "again")] for table in scores)
+    same = evaluation.on_the_same_pairs(vertebrae, fields)
+    assert [set(table["pair"]) for table in same] == [{"again"}, {"again"}]
+    assert evaluation.table_rows(*same)["pairs"].tolist() == [1, 1]
+    assert evaluation.table_rows(vertebrae, fields)["pairs"].tolist() == [2, 1]
+    apart = [table[(table["method"] == "ceiling") == (table["pair"] == "again")] for table in scores]
+    assert not any(len(table) for table in evaluation.on_the_same_pairs(*apart))

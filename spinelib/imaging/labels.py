@@ -69,7 +69,13 @@ def curves_from_labels(labels: Volume, values: Iterable[int], k: int = K_DEFAULT
 def signed_distance(labels: Volume, label: int, margin_mm: float) -> Volume:
     """Return the distance (mm) to the faces of a label's voxels, less than 0 inside.
 
-    Its box reaches `margin_mm` beyond the label, also beyond the volume, where a vertebra is cut.
+    Parameters
+    ----------
+    labels : Volume
+        Integers; `label` occurs.
+    label : int
+    margin_mm : float
+        How far the box of the result reaches beyond the label, also beyond the volume, where a vertebra is cut.
     """
     mask = labels.values == label
     part = framed(Volume(mask, labels.affine), mask)
