@@ -25,7 +25,7 @@ from spinelib.models.windows import WindowSet, window_truth
 from spinelib.novelty import Novelty, window_features
 from spinelib.record import file_sha256
 from spinelib.shards import ShardedCohort, render_shards
-from spinelib.train import TrainConfig, fit
+from spinelib.train import TrainConfig, fastest_device, fit
 from spinelib.uncertainty import calibrate
 
 NETWORKS = ("kernel", "light", "paper")
@@ -64,7 +64,7 @@ def train_kernel(
     steps: int = 3,
     spoil: bool = True,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> KernelRegressor:
     """Return the kernel regressor of training examples.
 
@@ -76,7 +76,7 @@ def train_kernel(
         See `KernelRegressor.fit`.
     spoil : bool
         Cut, blur or disturb a quarter of the images, see `WindowSet.spoilt`.
-    device : str
+    device : str or device
         Where it is fitted; the result lies on the CPU.
     """
     rng = np.random.default_rng([seed, 5])
@@ -187,8 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     if args.network == "kernel":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        predictor = CurvePredictor(locator, train_kernel(train, seed=args.seed, device=device), card)
+        predictor = CurvePredictor(locator, train_kernel(train, seed=args.seed, device=fastest_device()), card)
     else:
         recipe = TrainConfig(args.epochs, args.batch_size, args.learning_rate, args.recipe, seed=args.seed)
         network = new_network(args.network, args.pretrained, args.seed)

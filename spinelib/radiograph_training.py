@@ -17,7 +17,7 @@ from spinelib.models.biplanar import VARIANTS, load_variant, new_variant, save_v
 from spinelib.models.biplanar_data import ANNOTATIONS, BiplanarDataset
 from spinelib.models.weights import finish_training
 from spinelib.radiograph_cohort import cache_biplanar_cohort, render_biplanar_cohort
-from spinelib.train import FINE_TUNING, TrainConfig, fit
+from spinelib.train import FINE_TUNING, TrainConfig, fastest_device, fit
 
 PARTS = 800
 """Vertebrae that make up an epoch."""
@@ -91,7 +91,7 @@ def train_variant(
         If the name is unknown.
     """
     torch.manual_seed(config.seed)
-    network = new_variant(name)
+    network = new_variant(name).to(fastest_device())
     if start is not None:
         network.load_state_dict(start.state_dict())
     fit(network, train, validation, config, folder, workers=workers)

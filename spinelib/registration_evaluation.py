@@ -26,6 +26,7 @@ from spinelib.models.ctmr_pair import solve_velocity
 from spinelib.polyrigid import blend, register_polyrigid
 from spinelib.prealign import affine_prealign, per_vertebra_rigid
 from spinelib.registration_metrics import field_errors, registration_errors
+from spinelib.train import fastest_device
 
 NAMES = {
     "identity": "no registration",
@@ -156,7 +157,7 @@ def network_method(model: CTMRModel) -> Method:
 
 def solved_method(variant: str) -> Method:
     """Return the published objective of a variant, solved for every pair by itself; on a GPU if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = fastest_device()
 
     def method(pair):
         tensors, grid = working_pair(pair)

@@ -19,7 +19,7 @@ from spinelib.models.ctmr import VARIANTS, CTMRModel, held_variants, load_varian
 from spinelib.models.ctmr_data import PairDataset, cache_pair
 from spinelib.models.weights import finish_training
 from spinelib.phantom.pairs import sample_pair
-from spinelib.train import TrainConfig, fit
+from spinelib.train import TrainConfig, fastest_device, fit
 
 PARTS = 200
 """Crops that make up an epoch."""
@@ -64,7 +64,7 @@ def train_variant(
         If the name is unknown.
     """
     torch.manual_seed(config.seed)
-    model = CTMRModel(name)
+    model = CTMRModel(name).to(fastest_device())
     if start is None and VARIANTS[name]:
         start = train_variant("baseline", train, validation, config, Path(folder) / "stage1", workers)
     if start is not None:

@@ -84,7 +84,9 @@ def fit(
     workers: int = 0,
     log_tensorboard: bool = False,
 ) -> pd.DataFrame:
-    """Train `model` in place and return the log, one row an epoch.
+    """Train `model` in place, on a GPU if there is one, and return the log, one row an epoch.
+
+    The trained model lies on the device that it came on.
 
     Parameters
     ----------
@@ -102,7 +104,7 @@ def fit(
     SpinelibError
         If the loss stops being finite.
     """
-    folder = Path(folder)
+    folder, home = Path(folder), next(model.parameters()).device
     folder.mkdir(parents=True, exist_ok=True)
     fabric = Fabric(accelerator="auto", devices=_devices(), precision=resolve_precision(config.precision))
     fabric.launch()
@@ -127,7 +129,13 @@ def fit(
             writer.add_scalar(name, row[name], row["epoch"])
     bar.close()
     state.load_best_into(model)
+    model.to(home)
     return pd.DataFrame(state.log)
+
+
+def fastest_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(name: str = "auto") -> str:

@@ -60,6 +60,29 @@ def test_it_learns_and_writes_its_log(tmp_path, recipe):
     assert len(pd.read_csv(tmp_path / "log.csv")) == 12
 
 
+class Traveller(Line):
+    """Notes where it is sent, and after how many losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.journeys = 0, []
+
+    def loss(self, batch):
+        self.losses += 1
+        return super().loss(batch)
+
+    def to(self, place):
+        self.journeys.append((torch.device(place), self.losses))
+        return super().to(place)
+
+
+def test_a_model_comes_back_from_the_device_of_the_training(tmp_path):
+    model = Traveller()
+    fit(model, Points(64, True), Points(16, False), TrainConfig(epochs=1, precision="32-true"), tmp_path)
+    assert model.losses > 0
+    assert model.journeys[-1] == (torch.device("cpu"), model.losses)
+
+
 def test_same_seed_same_weights(tmp_path):
     one, _ = train(tmp_path / "a")
     two, _ = train(tmp_path / "b")
