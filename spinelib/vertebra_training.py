@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
@@ -15,7 +16,16 @@ from spinelib.data import keep_freed_memory
 from spinelib.errors import InputError
 from spinelib.models.scan_cache import CachedScan, cache_scan, pooled
 from spinelib.models.vertebra_datasets import SPINE_STEP, LevelDataset, OutlineDataset, SpineDataset, VoteDataset
-from spinelib.models.vertebra_networks import VOTER, DistilledUNet, LevelNet, SpineFinder, VertebraUNet, VoteUNet
+from spinelib.models.vertebra_networks import (
+    VOTER,
+    DistilledUNet,
+    LevelNet,
+    RefinedVotes,
+    SpineFinder,
+    SurfaceRefiner,
+    VertebraUNet,
+    VoteUNet,
+)
 from spinelib.models.vertebrae import VertebraSegmenter
 from spinelib.models.weights import finish_training
 from spinelib.phantom.scan import sample_scan
@@ -25,7 +35,8 @@ PARTS = 400
 """Random parts of scans that make up an epoch."""
 
 _RATE = 3e-3
-_EPOCHS = {"finder": 12, "namer": 100, "voter": 32, "outliner": 17}
+_SPACINGS_MM = (1.0, 2.0)  # of rendered scans: what is smaller than a working voxel blurs scans as real ones are
+_EPOCHS = {"finder": 12, "namer": 100, "voter": 32, "refiner": 24, "outliner": 17}
 
 
 def render_scans(folder, count: int, seed: int = 0, n_jobs: int = 2) -> list[CachedScan]:
@@ -69,6 +80,21 @@ def train_voter(
     ).student
 
 
+def train_refiner(
+    train: list[CachedScan],
+    validation,
+    config: TrainConfig,
+    folder,
+    voter: VoteUNet,
+    parts: int = PARTS,
+    workers: int = 0,
+    start: SurfaceRefiner | None = None,
+) -> SurfaceRefiner:
+    """Train the network that places the surface of what `voter` calls bone."""
+    sets = [VoteDataset(scans, n, config.seed, a, moved=0.0) for scans, n, a in _plans(train, validation, parts)]
+    return _fitted(lambda: RefinedVotes(_new(SurfaceRefiner, start)(), voter), sets, config, folder, workers).refiner
+
+
 def train_outliner(
     train: list[CachedScan],
     validation,
@@ -108,7 +134,7 @@ def train_segmenter(
     workers=0,
     start: VertebraSegmenter | None = None,
 ) -> VertebraSegmenter:
-    """Train the four networks.
+    """Train the five networks.
 
     Parameters
     ----------
@@ -116,7 +142,7 @@ def train_segmenter(
     folder : path
         Logs and checkpoints; a training that was interrupted goes on.
     epochs : dict of int
-        Of 'finder', 'namer', 'voter' and 'outliner'; 0 keeps the network of `start`.
+        Of 'finder', 'namer', 'voter', 'refiner' and 'outliner'; 0 keeps the network of `start`.
     parts : int
         Random parts of scans an epoch.
     seed, workers : int
@@ -127,6 +153,7 @@ def train_segmenter(
     folder = Path(folder)
     schools = {"finder": (train_finder, 2), "namer": (train_namer, 16)}
     schools |= {"voter": (train_voter, 2), "outliner": (train_outliner, 2)}
+    schools["refiner"] = (lambda *args, **options: train_refiner(*args, voter=nets["voter"], **options), 2)
     nets = {}
     for name, (school, batch_size) in schools.items():
         first = getattr(start, name, None)
@@ -224,4 +251,7 @@ def _render(folder, seed):
     keep_freed_memory()
     torch.set_num_threads(1)
     path = Path(folder) / f"phantom-{seed:06d}.safetensors"
-    return CachedScan(path) if path.is_file() else cache_scan(sample_scan(seed), folder)
+    if path.is_file():
+        return CachedScan(path)
+    plane, slices = np.random.default_rng([seed, 20]).uniform(*_SPACINGS_MM, 2)
+    return cache_scan(sample_scan(seed, (plane, plane, slices)), folder)

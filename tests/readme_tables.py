@@ -205,6 +205,8 @@ def as_markdown(name: str) -> str:
         table = _with_published_registration(table)
     if name == "radiographs":
         table = _with_published_radiographs(table)
+    if name == "vertebrae":
+        table = _with_published_vertebrae(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])
     shown = table.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v).replace("_", " "))
     rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
@@ -242,6 +244,17 @@ def _with_published_radiographs(table: pd.DataFrame) -> pd.DataFrame:
     for column in numbers:
         both[column] = pd.to_numeric(both[column]).map("{:.3f}".format).replace("nan", "")
     return both.fillna("")
+
+
+def _with_published_vertebrae(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of all methods, then the published ones that give a Dice, whose data were others."""
+    published = pd.read_csv(TABLES["vertebrae"].with_name("published.csv"))
+    published["method"] = "*" + published["system"] + ": " + published["data"] + "*"
+    wide = published.pivot_table(index="method", columns="measure", values="value", aggfunc="first", sort=False)
+    wide = wide.dropna(subset="Dice").reset_index()
+    added = pd.DataFrame({"method": wide["method"], "dice": wide["Dice"], "shape_assd_mm": wide["ASSD mm"]})
+    added[["dice", "shape_assd_mm"]] = added[["dice", "shape_assd_mm"]].map(lambda v: f"*{v}*" if pd.notna(v) else v)
+    return pd.concat([table, added], ignore_index=True).fillna("")
 
 
 def _with_published_registration(table: pd.DataFrame) -> pd.DataFrame:

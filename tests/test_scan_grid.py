@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from spinelib.geometry import Volume, VolumeGrid
 from spinelib.models import scan_grid
@@ -60,6 +61,32 @@ def test_labels_keep_their_places():
     coarse = labels_on(volume, working_grid(volume.grid, 2.0))
     assert np.array_equal(np.argwhere(coarse).min(0), [5, 6, 2])
     assert np.array_equal(np.argwhere(coarse).max(0), [9, 14, 17])
+
+
+def test_a_voxel_belongs_to_what_fills_most_of_it():
+    fine = np.zeros((30, 30, 30), np.uint8)
+    fine[9:21, 6:24, 3:27], fine[21:27, 6:24, 3:27] = 7, 8
+    volume = Volume(fine, np.eye(4))
+    coarse = labels_on(volume, working_grid(volume.grid, 2.5))
+    first, second = (np.argwhere(coarse == label) for label in (7, 8))
+    assert (first[:, 0].min(), first[:, 0].max()) == (4, 7)  # 10 to 20 mm: voxel 3 is two fifths full
+    assert (second[:, 0].min(), second[:, 0].max()) == (8, 10)  # 20 to 27.5 mm
+    assert (first[:, 2].min(), first[:, 2].max()) == (1, 10)
+    assert np.array_equal(labels_on(volume, volume.grid), fine)
+
+
+@pytest.mark.parametrize("spacing", [1.5, 2.0])
+def test_labels_of_a_tilted_block_come_back_truer_than_those_of_nearest_voxels(spacing):
+    index = np.indices((60, 60, 60)).reshape(3, -1).T - 29.5
+    turned = index @ Rotation.from_rotvec([0.4, 0.3, 0.2]).as_matrix()
+    fine = (np.abs(turned) < [12, 9, 15]).all(1).reshape(60, 60, 60).astype(np.uint8)
+    count = working_grid(VolumeGrid(fine.shape, np.eye(4)), spacing).shape[0]
+    coarse = labels_on(Volume(fine, np.eye(4)), working_grid(VolumeGrid(fine.shape, np.eye(4)), spacing))
+    middles, places = ((np.arange(n) + 0.5) * m / n for n, m in ((count, 60), (60, count)))
+    nearest = fine[np.ix_(*[middles.astype(int)] * 3)]
+    back = [sample_separably(torch.from_numpy(g).float(), [places - 0.5] * 3) > 0.5 for g in (coarse, nearest)]
+    wrong = [int((mask.numpy() != fine).sum()) for mask in back]
+    assert wrong[0] < 0.9 * wrong[1], wrong
 
 
 def test_crop_beyond_the_border_is_filled():

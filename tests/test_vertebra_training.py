@@ -13,6 +13,7 @@ from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.imaging.verse import body_centroids_mm, write_labelled_ct
 from spinelib.models.scan_cache import cache_scan
+from spinelib.models.vertebra_networks import VoteUNet
 from spinelib.models.vertebrae import VertebraSegmenter
 from spinelib.phantom.scan import sample_scan
 from spinelib.train import TrainConfig
@@ -28,7 +29,14 @@ from spinelib.vertebra_evaluation import (
     whole_vertebrae,
 )
 from spinelib.vertebra_training import main as train
-from spinelib.vertebra_training import train_finder, train_namer, train_outliner, train_segmenter, train_voter
+from spinelib.vertebra_training import (
+    train_finder,
+    train_namer,
+    train_outliner,
+    train_refiner,
+    train_segmenter,
+    train_voter,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,7 @@ def test_training_on_a_folder_in_verse_layout_from_the_command_line(tmp_path, sc
     for split, key in (("training", "a"), ("validation", "b")):
         write_labelled_ct(tmp_path / "verse", replace(scan, key=key), split, "PIR")
     words = ["vertebrae", str(tmp_path / "verse"), "--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "out")]
-    words += ["--finder-epochs", "1", "--namer-epochs", "1", "--voter-epochs", "1"]
+    words += ["--finder-epochs", "1", "--namer-epochs", "1", "--voter-epochs", "1", "--refiner-epochs", "1"]
     words += ["--outliner-epochs", "1", "--workers", "0"]
     assert main(["train", *words, "--parts", "4"]) == 0
     card = json.loads((tmp_path / "out" / "weights.json").read_text())
@@ -116,11 +124,18 @@ def test_training_on_a_folder_in_verse_layout_from_the_command_line(tmp_path, sc
     segmenter = VertebraSegmenter.load(tmp_path / "out" / "weights.safetensors")
     assert segmenter.card["command"].startswith("spinelib train vertebrae")
     assert "weights.safetensors" in capsys.readouterr().out
-    logs = [pd.read_csv(tmp_path / "out" / net / "log.csv") for net in ("finder", "namer", "voter", "outliner")]
+    logs = [
+        pd.read_csv(tmp_path / "out" / net / "log.csv") for net in ("finder", "namer", "voter", "refiner", "outliner")
+    ]
     assert all(np.isfinite(log["train_loss"]).all() for log in logs)
 
 
-@pytest.mark.parametrize("school", [train_finder, train_namer, train_voter, train_outliner])
+def untaught_refiner(*args, **options):
+    """Train a refiner beside a voter that nothing taught."""
+    return train_refiner(*args, voter=VoteUNet((8, 16)), **options)
+
+
+@pytest.mark.parametrize("school", [train_finder, train_namer, train_voter, untaught_refiner, train_outliner])
 def test_the_seed_decides_the_first_weights(school, scan, tmp_path, monkeypatch):
     monkeypatch.setattr("spinelib.vertebra_training.fit", lambda *args, **options: None)
     cached = [cache_scan(scan, tmp_path)]
@@ -132,7 +147,13 @@ def test_the_seed_decides_the_first_weights(school, scan, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("school", "name"),
-    [(train_finder, "finder"), (train_namer, "namer"), (train_voter, "voter"), (train_outliner, "outliner")],
+    [
+        (train_finder, "finder"),
+        (train_namer, "namer"),
+        (train_voter, "voter"),
+        (untaught_refiner, "refiner"),
+        (train_outliner, "outliner"),
+    ],
 )
 def test_fine_tuning_starts_from_given_weights_and_leaves_them(school, name, scan, tmp_path, monkeypatch):
     monkeypatch.setattr(
@@ -147,7 +168,7 @@ def test_fine_tuning_starts_from_given_weights_and_leaves_them(school, name, sca
 
 def test_no_epochs_keeps_the_network_that_is_given(scan, tmp_path):
     cached, start = [cache_scan(scan, tmp_path)], VertebraSegmenter.load()
-    none = dict.fromkeys(("finder", "namer", "voter", "outliner"), 0)
+    none = dict.fromkeys(("finder", "namer", "voter", "refiner", "outliner"), 0)
     kept = train_segmenter(cached, cached, tmp_path, none, start=start)
     assert all(getattr(kept, name) is getattr(start, name) for name in none)
     with pytest.raises(InputError, match="epochs"):

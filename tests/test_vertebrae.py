@@ -18,6 +18,7 @@ from spinelib.models.vertebra_datasets import LevelDataset, OutlineDataset, Spin
 from spinelib.models.vertebra_networks import (
     LevelNet,
     SpineFinder,
+    SurfaceRefiner,
     VertebraUNet,
     VoteUNet,
     outline_loss,
@@ -235,14 +236,16 @@ def test_loss_of_outlines():
 @pytest.fixture(scope="module")
 def segmenter():
     torch.manual_seed(0)
-    return VertebraSegmenter(SpineFinder(), VoteUNet(), VertebraUNet(), LevelNet(), {"what": "untrained"})
+    return VertebraSegmenter(
+        SpineFinder(), VoteUNet(), SurfaceRefiner(), VertebraUNet(), LevelNet(), {"what": "untrained"}
+    )
 
 
 def test_weights_come_back_as_they_were(segmenter, tmp_path):
     segmenter.save(tmp_path / "w.safetensors")
     again = VertebraSegmenter.load(tmp_path / "w.safetensors")
     assert again.card == segmenter.card
-    for name in ("finder", "voter", "outliner", "namer"):
+    for name in ("finder", "voter", "refiner", "outliner", "namer"):
         for a, b in zip(getattr(segmenter, name).parameters(), getattr(again, name).parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-3)
 
@@ -256,7 +259,7 @@ def test_bad_weights_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"format": "other"})
-    with pytest.raises(InputError, match="expected 'spinelib-vertebrae-2'"):
+    with pytest.raises(InputError, match="expected 'spinelib-vertebrae-3'"):
         VertebraSegmenter.load(tmp_path / "w.safetensors")
 
 

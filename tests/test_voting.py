@@ -12,7 +12,14 @@ from spinelib.levels import LEVEL_ORDER
 from spinelib.models.scan_cache import WORKING_MM, cache_scan
 from spinelib.models.scan_grid import OUTSIDE, normalised
 from spinelib.models.vertebra_datasets import VoteDataset
-from spinelib.models.vertebra_networks import VOTE_VOXELS, DistilledUNet, VoteUNet
+from spinelib.models.vertebra_networks import (
+    VOTE_VOXELS,
+    DistilledUNet,
+    RefinedVotes,
+    SurfaceRefiner,
+    VoteUNet,
+    outline_loss,
+)
 from spinelib.models.vertebrae import _pasted
 from spinelib.models.voting import gather, vote
 
@@ -117,18 +124,18 @@ def test_votes_are_looked_for_around_the_hot_line_only():
     scan = torch.full((200, 64, 64), 0.5)
     heat = torch.zeros(100, 32, 32)
     heat[10, 16, 16] = 1
-    probability, aims = vote(PerfectVoter(), scan, heat)
+    probability, aims = vote(PerfectVoter(), SurfaceRefiner(), scan, heat)
     looked = np.flatnonzero(probability.numpy().any((1, 2)))
     assert looked.min() == 0
     assert looked.max() == 2 * 11 + 48 - 1
     assert torch.allclose(aims[2, 30], torch.arange(64.0) + 0.5, atol=1e-4)
-    assert not vote(PerfectVoter(), scan, torch.zeros_like(heat))[0].any()
+    assert not vote(PerfectVoter(), SurfaceRefiner(), scan, torch.zeros_like(heat))[0].any()
 
 
 def test_no_bone_outside_the_field_of_view():
     scan = torch.full((64, 64, 64), 0.5)
     scan[:, :, 40:] = OUTSIDE
-    probability, _ = vote(PerfectVoter(), scan, torch.ones(32, 32, 32))
+    probability, _ = vote(PerfectVoter(), SurfaceRefiner(), scan, torch.ones(32, 32, 32))
     assert not probability[:, :, 40:].any()
     assert (probability[:, :, :40] > 0.5).all()
 
@@ -198,8 +205,37 @@ def test_a_student_pays_for_the_truth_and_for_the_distance_from_its_teacher(scan
     own = torch.sigmoid(teacher(batch["image"])[:, :1] / 2)
     doubt = -(own * own.log() + (1 - own) * (1 - own).log()).mean()
     expected = 0.5 * teacher.loss(batch) + 0.5 * 5 * 4 * doubt
-    assert float(alike.loss(batch)) == pytest.approx(float(expected), rel=1e-4)
+    assert alike.loss(batch).item() == pytest.approx(expected.item(), rel=1e-4)
     assert not any(name.startswith("_teacher") for name in other.state_dict())
     other.loss(batch).backward()
-    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is None for p in other._teacher[0].parameters())
     assert any(p.grad is not None for p in student.parameters())
+
+
+def test_an_untrained_refiner_leaves_the_logit_alone_and_learns_beside_a_voter_that_stays(scan):
+    torch.manual_seed(0)
+    item = VoteDataset([scan], 1, augment=False)[0]
+    batch = {name: value[None] for name, value in item.items()}
+    voter, refiner = VoteUNet((8, 16)), SurfaceRefiner(4)
+    logit = voter(batch["image"])[:, :1].detach()
+    assert torch.equal(refiner(batch["image"], logit), logit)
+    school = RefinedVotes(refiner, voter)
+    expected = outline_loss(logit, (item["labels"] > 0)[None, None].float())
+    assert school.loss(batch).item() == pytest.approx(expected.item())
+    assert not any(name.startswith("_voter") for name in school.state_dict())
+    optimiser, losses = torch.optim.Adam(school.parameters(), 0.02), []
+    for _ in range(12):
+        losses.append(school.loss(batch))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is None for p in school._voter[0].parameters())
+
+
+@pytest.mark.parametrize(("moved", "kept"), [(0.0, True), (1.0, False)])
+def test_parts_that_are_not_moved_keep_every_voxel_of_a_vertebra(scan, moved, kept):
+    whole = np.bincount(stack_of_blocks().ravel())
+    parts = VoteDataset([scan], 8, seed=5, moved=moved)
+    found = [np.bincount(parts[i]["labels"].ravel(), minlength=25)[20:25] for i in range(8)]
+    assert (np.array(found) == whole[20:25]).any() == kept

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -51,12 +52,29 @@ def resampled(volume: Volume, spacing_mm: float) -> Volume:
 
 
 def labels_on(labels: Volume, grid: VolumeGrid) -> np.ndarray:
-    """Return labels at the voxel centres of a grid over the same box, nearest voxel, uint8."""
-    places = [
-        np.minimum(((np.arange(n) + 0.5) * m / n).astype(int), m - 1)
-        for n, m in zip(grid.shape, labels.values.shape, strict=True)
-    ]
-    return labels.values[np.ix_(*places)].astype(np.uint8)
+    """Return labels on a grid over the same box, uint8: what fills most of a voxel, background included.
+
+    The label at a voxel's centre would move surfaces by up to half a voxel of the scan, which teaches a network to
+    leave them vague.
+    """
+    shape = labels.values.shape
+    weights = [_overlaps(n, m) for n, m in zip(shape, grid.shape, strict=True)]
+    best, rest = np.zeros(grid.shape, np.float32), np.ones(grid.shape, np.float32)
+    out = np.zeros(grid.shape, np.uint8)
+    for label, window in enumerate(ndimage.find_objects(labels.values.astype(np.uint8)), start=1):
+        if window is None:
+            continue
+        share, box = (labels.values[window] == label).astype(np.float32), []
+        for axis, (matrix, part) in enumerate(zip(weights, window, strict=True)):
+            rows = np.flatnonzero(matrix[:, part].any(1))
+            box.append(slice(rows[0], rows[-1] + 1))
+            share = np.moveaxis(np.tensordot(matrix[box[-1], part], share, (1, axis)), 0, axis)
+        box = tuple(box)
+        rest[box] -= share
+        first = share > best[box]
+        best[box][first], out[box][first] = share[first], label
+    out[best <= rest] = 0
+    return out
 
 
 def crop(values: Tensor, corner, size: int, fill: float) -> Tensor:
@@ -100,3 +118,10 @@ def _resize(images, shape):
     if tuple(images.shape[-2:]) == tuple(shape):
         return images
     return functional.interpolate(images, tuple(int(n) for n in shape), mode="bilinear", antialias=True)
+
+
+def _overlaps(voxels, working):
+    """Return how much of each of `working` equal parts of an axis each of its `voxels` fills, (working, voxels)."""
+    edges, cuts = np.arange(voxels + 1) * working / voxels, np.arange(working + 1)
+    low = np.maximum(cuts[:-1, None], edges[None, :-1])
+    return np.clip(np.minimum(cuts[1:, None], edges[None, 1:]) - low, 0, None).astype(np.float32)

@@ -5,7 +5,7 @@ affine motion; the field of view is cut above and below at random, because verte
 iteration starts and ends.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,7 +116,20 @@ class OutlineDataset(_Parts):
 
 
 class VoteDataset(_Parts):
-    """Items 'image' (1, 64, 64, 64), 'labels' (64, 64, 64) uint8, 'bodies' (29, 3): body centres as patch indices."""
+    """Items 'image' (1, 64, 64, 64), 'labels' (64, 64, 64) uint8, 'bodies' (29, 3): body centres as patch indices.
+
+    Parameters
+    ----------
+    scans, length, seed, augment
+        As for the others.
+    moved : float
+        Share of parts under a random affine motion. The others are as the scan has them, or mirrored: labels that
+        are sampled anew are wrong by half a voxel at the surface, which teaches a network to leave it vague.
+    """
+
+    def __init__(self, scans, length, seed=0, augment=True, moved=0.5):
+        super().__init__(scans, length, seed, augment)
+        self.moved = moved
 
     def _item(self, place, rng):
         scan = self.scans[place]
@@ -124,6 +137,9 @@ class VoteDataset(_Parts):
         view = self._view(scan, rng, target)
         near = scan.small["centres"][target] if rng.random() < 0.85 else rng.uniform(0, scan.shape)
         centre = near + (rng.uniform(-_ASIDE, _ASIDE, 3) if self.augment else 0.0)
+        if not self.augment or rng.random() >= self.moved:
+            view = replace(view, linear=_flip(rng) if self.augment else view.linear)
+            centre = np.floor(centre) + 0.5  # voxels of the patch are voxels of the scan
         ct, labels = _sampled(scan, centre, view, PATCH)
         bodies = (scan.small["bodies"] - centre) @ np.linalg.inv(view.linear).T + (PATCH - 1) / 2
         known = torch.from_numpy(np.isfinite(bodies[:, 0]))
@@ -226,8 +242,11 @@ def _random_linear(rng):
 
     turn = Rotation.from_rotvec(np.radians(np.clip(rng.normal(0, 6), -20, 20)) * _unit(rng)).as_matrix()
     scale = np.exp(rng.uniform(-0.16, 0.16) + rng.uniform(-0.05, 0.05, 3))
-    flip = np.diag([rng.choice([-1.0, 1.0]), 1.0, 1.0])
-    return turn @ np.diag(scale) @ flip
+    return turn @ np.diag(scale) @ _flip(rng)
+
+
+def _flip(rng):
+    return np.diag([rng.choice([-1.0, 1.0]), 1.0, 1.0])
 
 
 def _unit(rng):

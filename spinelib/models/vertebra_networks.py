@@ -1,13 +1,15 @@
-"""Networks for vertebrae in CT: where the spine is, the next vertebra below, and which level a vertebra is.
+"""Networks for vertebrae in CT: where the spine is, which bone is whose, its surface, and which level a vertebra is.
 
 The scheme follows Serrador 2024 (two 3D U-Nets, memory of what is segmented, top to bottom). Differences, with
 reasons: instance instead of batch normalisation (trainings are short, running statistics lag); strided residual
 U-Nets of MONAI (eight times faster on a CPU than pooling ones of the same width); heat maps in fixed millimetres
 instead of a grid stretched to every field of view; the heat map says where to look and the patch marks its
 middle, while in the paper the memory alone tells the next vertebra from the others (that took several times as many
-steps to learn); a third network that names levels, which the paper leaves out.
+steps to learn); a network that names levels, which the paper leaves out. Votes and a refinement of the surface stand
+beside the published outlines.
 """
 
+import copy
 from functools import lru_cache
 
 import torch
@@ -26,6 +28,7 @@ VOTE_VOXELS = 10.0
 """Voxels that one unit of a vote stands for."""
 
 _CUE_VOXELS = 6.0
+_LOGIT_SCALE = 4.0
 _FULL = 8  # features at full resolution
 
 
@@ -115,6 +118,57 @@ class VoteUNet(nn.Module):
         return votes_loss(self(batch["image"]), batch["labels"].long(), batch["bodies"])
 
 
+class SurfaceRefiner(nn.Module):
+    """Where the surface runs: CT and logit of some vertebra, (b, 1, R, A, S) each -> logit of that shape, 2 mm voxels.
+
+    `VoteUNet` sees far with voxels of 4 mm inside. Nine of ten of its wrong voxels touch the surface, where a
+    few convolutions at full resolution that know its answer tell better how much of a voxel is bone. They correct the
+    logit, from nothing at the start of the training. No normalisation: what a voxel of a given value is must not
+    depend on what else is in the patch.
+
+    Parameters
+    ----------
+    width : int
+        Features per layer.
+    """
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        inputs = (2, width, width)
+        layers = [nn.Sequential(nn.Conv3d(n, width, 3, padding=1), nn.ReLU(inplace=True)) for n in inputs]
+        self.body, self.head = nn.Sequential(*layers), nn.Conv3d(width, 1, 1)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, image: Tensor, logit: Tensor) -> Tensor:
+        """Return the corrected logit."""
+        known = torch.cat([image, (logit / _LOGIT_SCALE).clamp(-3, 3)], 1)
+        return logit + self.head(self.body(_last(known)))
+
+
+class RefinedVotes(nn.Module):
+    """A refiner that learns beside a voter, which stays as it is.
+
+    Parameters
+    ----------
+    refiner : SurfaceRefiner
+    voter : VoteUNet
+    """
+
+    def __init__(self, refiner: SurfaceRefiner, voter: VoteUNet):
+        super().__init__()
+        self.refiner = refiner
+        self._voter = [copy.deepcopy(voter).eval()]  # in a list: neither trained nor saved
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return cross-entropy plus soft Dice loss of the refined mask."""
+        image = batch["image"]
+        with torch.no_grad():
+            logit = self._voter[0].to(image.device)(image)[:, :1].float()
+        return outline_loss(self.refiner(image, logit), (batch["labels"] > 0)[:, None].float())
+
+
 class DistilledUNet(nn.Module):
     """A student that learns half from the truth, half from a teacher (Serrador 2024, soft outputs).
 
@@ -128,7 +182,7 @@ class DistilledUNet(nn.Module):
     def __init__(self, student: VoteUNet, teacher: VoteUNet, temperature: float = 2.0):
         super().__init__()
         self.student, self.temperature = student, temperature
-        self._teacher = [teacher.eval().requires_grad_(False)]  # in a list: neither trained nor saved
+        self._teacher = [copy.deepcopy(teacher).eval()]  # in a list: neither trained nor saved
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean of the loss against the truth and that against the teacher's softened mask and its votes."""
