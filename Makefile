@@ -20,7 +20,7 @@ reproduce: .venv/installed browser  ## install into .venv and run all notebooks 
 test: .venv/installed-test  ## lint, import floors, unit tests, every notebook with its smoke defaults
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --hypothesis-profile=ci
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks/
 
 lab: .venv/installed  ## open the notebooks in JupyterLab

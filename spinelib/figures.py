@@ -194,8 +194,9 @@ def alignment_panels(dxa: Projection, mri: Projection, found: PlanarTransform, t
 def training_curve(log: pd.DataFrame, unit: str = "mm", title: str = "") -> Figure:
     """Return training and validation loss against epoch."""
     figure, axes = plt.subplots(figsize=(4.6, 3.2))
-    axes.plot(log["epoch"], log["train_loss"], color="#777777", label="training (augmented)")
-    axes.plot(log["epoch"], log["validation_loss"], color=PREDICTED, label="validation")
+    dots = {"marker": ".", "ms": 5}  # a single epoch makes no line
+    axes.plot(log["epoch"], log["train_loss"], color="#777777", label="training (augmented)", **dots)
+    axes.plot(log["epoch"], log["validation_loss"], color=PREDICTED, label="validation", **dots)
     axes.set(xlabel="epoch", ylabel=f"mean absolute error ({unit})", title=title, yscale="log")
     axes.legend()
     return figure

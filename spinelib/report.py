@@ -142,7 +142,8 @@ class Notebook:
         self._written |= {f"{kind}/{path.name}": path for path in files}
         captions = self._folder(kind) / "captions.json"
         entry = {"caption": caption, "notebook": self.name, "files": [path.name for path in files]}
-        write_json_atomic(captions, {**read_json(captions, {}), name: entry})
+        others = {key: note for key, note in read_json(captions, {}).items() if key != name}
+        write_json_atomic(captions, others | {name: entry})  # in the order of the notebook, also when it is run again
 
 
 def find_browser() -> str | None:
@@ -330,8 +331,15 @@ def _headline_scene(path: Path) -> str:
 
 
 def _tables(run_dir: Path) -> dict[str, dict[str, Any]]:
-    captions = read_json(run_dir / "tables" / "captions.json", {})
-    return {path.stem: _table(path, captions.get(path.stem, {})) for path in sorted((run_dir / "tables").glob("*.csv"))}
+    found = {path.stem: path for path in sorted((run_dir / "tables").glob("*.csv"))}
+    notes = {name: note for name, note in _in_order(run_dir / "tables") if name in found}
+    return {name: _table(found[name], notes.get(name, {})) for name in notes | found}
+
+
+def _in_order(folder: Path) -> list[tuple[str, Any]]:
+    """Return names and notes of figures or tables, notebook after notebook, each in the order of its cells."""
+    captions = read_json(folder / "captions.json", {})
+    return sorted(captions.items(), key=lambda item: item[1]["notebook"])
 
 
 def _table(path: Path, note: Mapping[str, Any], most_rows: int = 60) -> dict[str, Any]:
@@ -353,9 +361,8 @@ def _short(text: str) -> str:
 
 
 def _pictures(run_dir: Path) -> list[dict[str, str]]:
-    captions = read_json(run_dir / "figures" / "captions.json", {})
     found = []
-    for name, note in sorted(captions.items(), key=lambda item: (item[1]["notebook"], item[0])):
+    for name, note in _in_order(run_dir / "figures"):
         png = f"figures/{name}.png"
         on_top = name == "headline" and (run_dir / "figures" / "headline.json").is_file()
         if (run_dir / png).is_file() and not on_top:

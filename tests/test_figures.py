@@ -2,6 +2,7 @@
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 
 from spinelib import figures
@@ -110,3 +111,10 @@ def test_labels_of_columns_have_their_unit(column, label):
 def test_counts_are_one_number_or_a_range():
     assert figures.count_range([40, 40]) == "40"
     assert figures.count_range(n for n in (41, 38)) == "38 to 41"
+
+
+def test_a_single_epoch_is_seen():
+    log = pd.DataFrame({"epoch": [0], "train_loss": [7.0], "validation_loss": [6.0]})
+    lines = figures.training_curve(log).axes[0].lines
+    assert [line.get_ydata().tolist() for line in lines] == [[7.0], [6.0]]
+    assert all(line.get_marker() not in ("", "None", None) for line in lines)

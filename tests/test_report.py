@@ -100,6 +100,23 @@ def test_index_shows_result_table_scene_and_record(run_dir):
     assert [name for name in local if not (run_dir / name).exists()] == []
 
 
+def test_index_follows_the_notebooks_and_their_cells(tmp_path):
+    def fill(notebook, names):
+        book = Notebook(tmp_path, notebook)
+        for name in names:
+            book.table(pd.DataFrame({"a": [1]}), name, f"Table {name}.")
+            book.figure(plt.figure(), name, f"Figure {name}.")
+
+    fill("02_second", ["zebra", "ant"])
+    fill("01_first", ["moth", "bee"])
+    fill("02_second", ["wasp", "zebra", "ant"])  # run again, with one more in front
+    (tmp_path / "run.json").write_text('{"run_id": "none", "machine": {"packages": {}}, "notebooks": {}}')
+    text = run_index(tmp_path).read_text(encoding="utf8")
+    order = ["moth", "bee", "wasp", "zebra", "ant"]
+    for kind in ("Table", "Figure"):
+        assert list(dict.fromkeys(re.findall(rf"{kind} (\w+)\.", text))) == order
+
+
 def test_index_of_an_empty_run_still_opens(tmp_path):
     (tmp_path / "run.json").write_text('{"run_id": "none", "machine": {"packages": {}}, "notebooks": {}}')
     assert "run <code>none</code>" in run_index(tmp_path).read_text(encoding="utf8")

@@ -87,7 +87,11 @@ def test_body_faces_the_convex_side():
 )
 def test_any_single_curve_is_realised(cobb, upper, span, convex, seed):
     curve = ScoliosisCurve(cobb, upper, VERTEBRAE[VERTEBRAE.index(upper) + span], convex)
-    subject = sample_subject(seed, curves=(curve,), variants=False)
+    try:
+        subject = sample_subject(seed, curves=(curve,), variants=False)
+    except InputError as refused:  # rare: a large curve down to L5 in a spine with thin discs
+        assert cobb > 50 and "would wedge" in str(refused)
+        return
     assert ruler_cobb_deg(subject, curve) == pytest.approx(cobb, abs=0.05)
     assert bulge_mm(subject, curve, subject.apex) * curve.direction > 0
     assert abs(subject.poses[subject.levels.index("C7"), 0, 3]) <= 24.1  # balanced: three SD of the trunk shift
