@@ -211,7 +211,8 @@ class _TrainingState:
             rate = self.config.learning_rate * self.rate_of_step(self.step)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            loss = self.model.loss(batch)
+            with self.fabric.autocast():  # Fabric brings it to marked methods only where it wraps the model, as DDP
+                loss = self.model.loss(batch)
             if not torch.isfinite(loss):
                 message = f"the training loss became {loss.item()} in epoch {self.epoch}; lower learning_rate."
                 raise SpinelibError(message)

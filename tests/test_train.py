@@ -158,6 +158,22 @@ def test_bad_configurations_are_named(change):
         TrainConfig(**change)
 
 
+class Observed(Line):
+    """Keeps the types of its answers, in training and in validation."""
+
+    def loss(self, batch):
+        answer = self.net(batch["x"])
+        self.seen = (*getattr(self, "seen", ()), (self.training, answer.dtype))
+        return (answer.float() - batch["y"]).abs().mean()
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_training_and_validation_compute_with_the_asked_precision(tmp_path, precision, expected):
+    model = Observed()
+    fit(model, Points(16, False), Points(16, False), TrainConfig(epochs=1, recipe="paper", precision=precision), tmp_path)
+    assert set(model.seen) == {(True, expected), (False, expected)}
+
+
 def test_precision_names_are_fabrics():
     assert resolve_precision("auto") in {"bf16-mixed", "16-mixed", "32-true"}
     assert resolve_precision("32-true") == "32-true"
