@@ -170,7 +170,13 @@ class Observed(Line):
 @pytest.mark.parametrize(("precision", "expected"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
 def test_training_and_validation_compute_with_the_asked_precision(tmp_path, precision, expected):
     model = Observed()
-    fit(model, Points(16, False), Points(16, False), TrainConfig(epochs=1, recipe="paper", precision=precision), tmp_path)
+    fit(
+        model,
+        Points(16, False),
+        Points(16, False),
+        TrainConfig(epochs=1, recipe="paper", precision=precision),
+        tmp_path,
+    )
     assert set(model.seen) == {(True, expected), (False, expected)}
 
 
