@@ -13,6 +13,14 @@ from spinelib.phantom.vertebra import VertebraShape, vertebra_sdf
 WHOLE_FRACTION, LEAST_FRACTION = 0.97, 0.03
 """Share of a vertebra inside the volume above which it counts as whole, and below which it is not labelled."""
 
+VISIBLE_MM = 0.5
+"""How far outside the bone's surface masks end.
+
+Readers draw the edge that they see, half-way from the brightest cortex to soft tissue. A thin shell, blurred by the
+scanner, is dimmer and wider than it was: on synthetic scans half-way lies 0.58 mm outside the bone (ten scans,
+0.22 to 0.79), on four real ones 0.05 to 0.12 mm outside their reference masks.
+"""
+
 _BONE_G_CM3 = 0.05
 _LEAST_PART_MM3 = 60.0
 
@@ -36,6 +44,8 @@ def scan_truth(
         if seen[VERSE_LABELS[level]] >= LEAST_FRACTION:
             centroids[VERSE_LABELS[level]] = moved(pose, local[:3, 3])
     labels = with_all_parts(tissue, subject, shapes, pose)
+    labels[~np.isin(labels, list(centroids))] = 0
+    labels = to_visible_edge(labels, tissue, subject, shapes, pose)
     labels[~np.isin(labels, list(centroids))] = 0
     present = set(np.unique(labels).tolist())
     centroids = {label: place for label, place in centroids.items() if label in present}
@@ -74,12 +84,32 @@ def with_all_parts(tissue, subject, shapes, pose) -> np.ndarray:
     The renderer keeps the largest piece of each label. On coarse grids thin laminae break, and the spinous process
     would be lost.
     """
-    labels, grid = tissue.labels.copy(), tissue.grid
-    best, second = np.full((2, *labels.shape), 1e3, np.float32)
-    owner = np.zeros_like(labels)
+    labels = tissue.labels.copy()
+    missed = (tissue.mineral > _BONE_G_CM3) & (labels == 0)
+    owner = _owners(missed, 0.0, tissue.grid, subject, shapes, pose)
+    return np.where(_large_parts(owner, tissue.grid.spacing_mm), owner, labels)
+
+
+def to_visible_edge(labels, tissue, subject, shapes, pose) -> np.ndarray:
+    """Return labels grown to where a reader draws the surface, `VISIBLE_MM` outside the bone; joints stay open."""
+    steps = int(np.ceil(VISIBLE_MM / tissue.grid.spacing_mm.min()))
+    beside = ndimage.binary_dilation(labels > 0, np.ones((3, 3, 3)), steps) & (labels == 0) & (tissue.labels == 0)
+    owner = _owners(beside, VISIBLE_MM, tissue.grid, subject, shapes, pose)
+    return np.where(owner > 0, owner, labels)
+
+
+def moved(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return points (..., 3) under an affine matrix (4, 4)."""
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _owners(asked, reach_mm, grid, subject, shapes, pose) -> np.ndarray:
+    """Return the label of the vertebra within `reach_mm` of every asked voxel, 0 where there is none or two compete."""
+    best, second = np.full((2, *asked.shape), 1e3, np.float32)
+    owner = np.zeros(asked.shape, np.uint8)
     for level, shape, local in zip(subject.levels, shapes, subject.poses, strict=True):
         window = _window(shape, pose @ local, grid)
-        index = np.argwhere((tissue.mineral[window] > _BONE_G_CM3) & (labels[window] == 0))
+        index = np.argwhere(asked[window])
         if not len(index):
             continue
         index += [w.start for w in window]
@@ -90,13 +120,8 @@ def with_all_parts(tissue, subject, shapes, pose) -> np.ndarray:
         second[place] = np.minimum(second[place], loser)
         best[place] = np.where(nearer, distance, best[place])
         owner[place] = np.where(nearer, VERSE_LABELS[level], owner[place])
-    owner[(best >= 0) | (second - best <= GAP_MM)] = 0
-    return np.where(_large_parts(owner, grid.spacing_mm), owner, labels)
-
-
-def moved(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return points (..., 3) under an affine matrix (4, 4)."""
-    return points @ matrix[:3, :3].T + matrix[:3, 3]
+    owner[(best >= reach_mm) | (second - best <= GAP_MM)] = 0
+    return owner
 
 
 def _large_parts(labels, spacing_mm) -> np.ndarray:
