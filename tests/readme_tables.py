@@ -29,6 +29,7 @@ TABLES = {
     "real_vertebrae": REFERENCE / "laptop" / "tables" / "real_scans.csv",
     "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
     "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
+    "ablation_transvert": REFERENCE / "ablation_transvert.csv",
     "registration": REFERENCE / "laptop" / "tables" / "registration_scores.csv",
     "same_pairs": REFERENCE / "laptop" / "tables" / "registration_same_pairs.csv",
     "hard_registration": REFERENCE / "laptop" / "tables" / "registration_difficulty.csv",
@@ -132,6 +133,16 @@ COLUMNS = {
         "hd_mm": "HD (mm)",
         "asd_mm": "ASD (mm)",
     },
+    "ablation_transvert": {
+        "name": "network",
+        "dice": "Dice",
+        "hd_mm": "HD (mm)",
+        "asd_mm": "ASD (mm)",
+        "level_accuracy": "level right",
+        "step": "Dice, change",
+        "beside": "from",
+        "published_dice": "*published Dice*",
+    },
     "registration": {
         "name": "method",
         "dice": "Dice",
@@ -203,6 +214,8 @@ def as_markdown(name: str) -> str:
         table = table[table["pairs"] == table["pairs"].max()]
     if name == "same_pairs":
         table = _with_published_registration(table)
+    if name == "ablation_transvert":
+        table = _with_steps(table)
     if name == "radiographs":
         table = _with_published_radiographs(table)
     if name == "vertebrae":
@@ -230,6 +243,18 @@ def _with_intervals(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     for column in columns:
         ends = table[[column, f"{column}_low", f"{column}_high"]].astype(float)
         table[column] = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends.to_numpy()]
+    return table
+
+
+def _with_steps(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with intervals, the change from another row of the table, and the published Dice."""
+    names = table.set_index("variant")["name"]
+    table = _with_intervals(table.replace("", float("nan")), ["dice", "step"])
+    table["step"] = table["step"].where(~table["step"].str.contains("nan"), "")
+    table["beside"] = table["against"].map(names).fillna("")
+    table["published_dice"] = [f"*{value:.3f}*" if value > 0 else "" for value in table["published_dice"].astype(float)]
+    for column in ("hd_mm", "asd_mm", "level_accuracy"):
+        table[column] = table[column].astype(float)
     return table
 
 
