@@ -20,6 +20,9 @@ The paper leaves much open. What is chosen here, and why:
 - L1 is a mean over voxels. Its optimum is 0 wherever foreground is the less probable half, whatever the level, and the
   target spans 0 to 24; so the network predicts units of 16 (the mid-range number) from a bias of 0 and sees errors
   of order 1 from the first step. The loss is counted in the same unit; Adam does not notice a constant factor.
+- L1 is rounded in training, a parabola where an error is below half a unit. The empty answer is a flat floor of plain
+  L1, as foreground is the rarer half everywhere at first: after 4,800 vertebrae the network with attention still gave
+  nothing at all (Dice 0). Rounded, the loss falls from the first steps. Validation is by plain L1.
 - Discriminator: an unconditional patch discriminator as the paper's equation has no condition, 4^3 kernels of
   stride 2, instance norm, as the nearest published sibling (X2CT-GAN), with a quarter of its features.
 - Level: the median of what exceeds half of the lowest number; the mask is what exceeds half of that median.
@@ -39,6 +42,7 @@ L1_WEIGHT, ADVERSARIAL_WEIGHT = 10.0, 0.1
 
 _LOWEST, _HIGHEST = LABELS[0], LABELS[-1]
 _UNIT = 16.0  # VerSe numbers per unit of the last layer
+_ROUNDED = 0.5  # units; at a voxel that is bone in half of all cases the best answer is then half a unit, the surface
 _BEHIND = round(BEHIND_MM / CUBE_MM)
 _FEATURES, _DEPTH, _WIDTH = 32, 16, 64
 _MERGED, _POOL = 16, 4
@@ -83,14 +87,15 @@ class TransVert(nn.Module):
         return _UNIT * self.decoder(self._fused(batch).contiguous(memory_format=torch.channels_last_3d))[:, 0].float()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the paper's loss over 160; the mean absolute error over 16 where no discriminator is trained.
+        """Return the paper's loss over 160, with L1 rounded in training; in evaluation the mean absolute error over 16.
 
         Generator and discriminator share one sum: each sees the other as a constant, so that the gradients are
         those of two separate losses. In evaluation mode the loss is that of the generator's L1 alone, by which
         the variants can be compared and the best weights chosen.
         """
         cube, truth = self(batch), _numbered(batch)
-        loss = L1_WEIGHT * (cube - truth).abs().mean()
+        rounded = _ROUNDED * _UNIT if self.training else 0.0
+        loss = L1_WEIGHT * functional.smooth_l1_loss(cube, truth, beta=rounded)
         if self.discriminator is not None and self.training:
             constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
             fooled = (functional_call(self.discriminator, constant, (cube,)) - 1).square().mean()
