@@ -80,9 +80,17 @@ def test_attention_starts_as_nothing_and_then_mixes_far_places():
 def test_the_loss_is_the_mean_distance_over_sixteen():
     batch = random_batch(2)
     right = batch["target"][:, 0].float() * (batch["level"] + 8)[:, None, None, None]
+    assert Fixed(right).eval().loss(batch) == 0
+    assert Fixed(right + 4).eval().loss(batch) == pytest.approx(0.25)
+    assert Fixed(torch.zeros_like(right)).eval().loss(batch) == pytest.approx(float(right.mean() / 16), rel=1e-5)
+
+
+def test_in_training_small_distances_are_squared():
+    batch = random_batch(2)
+    right = batch["target"][:, 0].float() * (batch["level"] + 8)[:, None, None, None]
     assert Fixed(right).loss(batch) == 0
-    assert Fixed(right + 4).loss(batch) == pytest.approx(0.25)
-    assert Fixed(torch.zeros_like(right)).loss(batch) == pytest.approx(float(right.mean() / 16), rel=1e-5)
+    assert Fixed(right + 4).loss(batch) == pytest.approx(4**2 / (2 * 8) / 16)
+    assert Fixed(right - 20).loss(batch) == pytest.approx((20 - 8 / 2) / 16)
 
 
 def test_generator_and_discriminator_do_not_mix(adversarial):
@@ -90,7 +98,7 @@ def test_generator_and_discriminator_do_not_mix(adversarial):
     batch = random_batch()
     joint = gradients(adversarial, adversarial.loss(batch))
     cube, truth, judge = adversarial(batch), transvert._numbered(batch), adversarial.discriminator
-    generator = 10 * (cube - truth).abs().mean() + 0.1 * (judge(cube) - 1).square().mean()
+    generator = 10 * nn.functional.smooth_l1_loss(cube, truth, beta=8.0) + 0.1 * (judge(cube) - 1).square().mean()
     own = gradients(adversarial, generator / 160)
     told = ((judge(truth) - 1).square().mean() + judge(cube.detach()).square().mean()) / 160
     other = gradients(adversarial, told)
