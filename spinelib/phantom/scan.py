@@ -87,7 +87,8 @@ def sample_scan(seed: int, spacing_mm=2.0, mix: ScanMix = HOSPITAL, device: str 
     Returns
     -------
     LabelledCT
-        World RAS mm with S1 near the origin. Labels 1-25 and 28; the sacrum is background. Centroids are those of
+        World RAS mm with S1 near the origin. Labels 1-25 and 28, which end where the edge of the bone is seen
+        (`scan_truth.VISIBLE_MM`); the sacrum is background. Centroids are those of
         the bodies, of C1 the place of the dens in its ring, also of cut vertebrae, so they may lie outside. A
         vertebra with less than 97 % of its volume inside is in `cut`, with less than 3 % it is left out.
 
