@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from spinelib.clinical import MEASURES
 from spinelib.curve_training import train_kernel
 from spinelib.errors import InputError
 from spinelib.geometry import PlanarGrid, Projection
 from spinelib.models.baselines import BASELINES, fit_baselines
-from spinelib.models.crop import Window, curves_to_rows, network_input, rows_to_curves, standardised
+from spinelib.models.crop import CANVAS_PIXELS, Window, curves_to_rows, network_input, rows_to_curves, standardised
 from spinelib.models.curves import (
     PAPER_PARAMETERS,
     BottleneckTransformer,
@@ -22,7 +23,7 @@ from spinelib.models.curves import (
     parameter_count,
 )
 from spinelib.models.datasets import CurveDataset, CurveExample, LandmarkDataset, true_window
-from spinelib.models.locator import SpineLocator, landmarks_mm, locate, window_from_landmarks
+from spinelib.models.locator import LOCATOR_SHAPE, SpineLocator, landmarks_mm, locate, window_from_landmarks
 from spinelib.models.predictor import FORMAT, CurvePredictor
 from spinelib.spine import CURVE_COLUMNS, Curves
 
@@ -110,6 +111,20 @@ def test_a_fresh_light_network_is_its_shortcut():
     network.shortcut.intercept.fill_(7.0)
     network.scale_mm.fill_(10.0)
     assert torch.allclose(network(torch.rand(1, 2, 224, 224)), torch.full((1, 209, 6), 7.0))
+
+
+@pytest.mark.parametrize("make", [SpineLocator, light_network, paper_network])
+def test_mixed_precision_rounds_no_place_to_16_bits(make):
+    torch.manual_seed(0)
+    network = make().eval()
+    if isinstance(network, CurveRegressor) and network.shortcut is not None:
+        nn.init.normal_(network.shortcut.weight)
+    pixels = LOCATOR_SHAPE if isinstance(network, SpineLocator) else (CANVAS_PIXELS, CANVAS_PIXELS)
+    image = torch.rand(2, 2, *pixels)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        places = network(image)
+    assert places.dtype == torch.float32
+    assert (places != places.bfloat16()).float().mean() > 0.9
 
 
 def test_rows_and_curves_are_inverse_inside_the_window():

@@ -162,8 +162,9 @@ class CurveRegressor(nn.Module):
         if channels == 3:
             image = image[:, :1].expand(-1, 3, -1, -1)
         features = self.attention(self.backbone(image.contiguous(memory_format=torch.channels_last))[-1])
-        base = self.offset_mm if self.shortcut is None else self.shortcut(image)
-        return self.head(features).float() * self.scale_mm + base
+        with torch.autocast(image.device.type, enabled=False):  # 16 bits would round to a millimetre or two
+            base = self.offset_mm if self.shortcut is None else self.shortcut(image)
+            return self.head(features.float()) * self.scale_mm + base
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean absolute error over the valid rows, mm (L1, as the released code of the paper)."""
@@ -228,7 +229,6 @@ class _RowHead(nn.Module):
         nn.init.zeros_(self.whole.bias)
 
     def forward(self, features):
-        features = features.float()
         weights = self.logits(features).softmax(dim=3)
         columns = torch.linspace(-1, 1, features.shape[3], device=features.device)
         places = torch.einsum("bmrc,c->bmr", weights, columns)

@@ -37,11 +37,13 @@ class SpineLocator(nn.Module):
 
     def forward(self, overview: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 3"]:
         """Return landmark millimetres relative to the overview's middle."""
-        maps = self.maps(self.features(overview)).float()
-        rows, cols = maps[:, :2].logsumexp(dim=3), maps[:, 2].logsumexp(dim=1)
-        heights = torch.einsum("bkr,r->bk", rows.softmax(-1), _falling_mm(rows.shape[-1], maps.device))
-        right = torch.einsum("bc,c->b", cols.softmax(-1), _falling_mm(cols.shape[-1], maps.device))
-        return torch.cat([heights, right[:, None]], dim=1)
+        features = self.features(overview).float()
+        with torch.autocast(overview.device.type, enabled=False):  # in 16 bits, places would be rounded to 2 mm
+            maps = self.maps(features)
+            rows, cols = maps[:, :2].logsumexp(dim=3), maps[:, 2].logsumexp(dim=1)
+            heights = torch.einsum("bkr,r->bk", rows.softmax(-1), _falling_mm(rows.shape[-1], maps.device))
+            right = torch.einsum("bc,c->b", cols.softmax(-1), _falling_mm(cols.shape[-1], maps.device))
+            return torch.cat([heights, right[:, None]], dim=1)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean absolute landmark error, mm."""
