@@ -31,8 +31,7 @@ AGAINST = {
 
 def rows_of(sweep: Path) -> pd.DataFrame:
     """Return one row a variant of a sweep that has been run."""
-    order = ["sagittal_only", *AGAINST][:6] + ["voi_none", *list(AGAINST)[5:]]
-    scores = {name: _scores(sweep / name) for name in order if (sweep / name / "metrics.json").is_file()}
+    scores = {name: _scores(sweep / name) for name in NAMES if (sweep / name / "metrics.json").is_file()}
     published = published_rows().drop_duplicates("method").set_index("method")["dice"]
     rows = []
     for name, part in scores.items():
