@@ -101,6 +101,26 @@ def test_what_lies_beside_the_spine_is_left_out():
     assert (as_labels(outlines, SHAPE)[labels == 30] == 0).all()
 
 
+@pytest.mark.parametrize("top", [False, True])
+def test_scattered_votes_beyond_the_last_slice_are_a_cut_vertebra(top):
+    """Nearer to the next centre than to a peak of their own, they would spoil the whole vertebra beside it."""
+    labels = np.zeros(SHAPE, np.uint8)
+    for place in range(COUNT):
+        labels[22:42, 28:48, 5 + 10 * place : 15 + 10 * place] = 24 - place
+    labels[22:42, 28:48, :5] = 25
+    probability, aims = perfect_votes(labels)
+    cut = torch.from_numpy(labels == 25)
+    scattered = np.random.default_rng(0).uniform(-7, 7, (3, int(cut.sum()))) + [[31.5], [37.5], [-5.0]]
+    aims[:, cut] = torch.from_numpy(scattered).float()
+    if top:
+        probability, aims = probability.flip(2), aims.flip(3)
+        aims[2] = SHAPE[2] - 1 - aims[2]
+    found = [outline.probability.numpy() > 0.5 for outline in gather(probability, aims)[0]]
+    whole = found[1:] if top else found[:-1]
+    assert len(found) == COUNT + 1
+    assert [int(mask.sum()) for mask in whole] == pytest.approx([20 * 20 * 10] * COUNT, rel=0.005)
+
+
 def test_votes_far_from_every_centre_count_for_none():
     labels = stack_of_blocks()
     probability, aims = perfect_votes(labels)

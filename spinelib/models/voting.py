@@ -102,7 +102,7 @@ def gather(probability: Tensor, aims: Tensor) -> tuple[list[Outline], tuple[str,
         From `vote`.
     """
     places, points, weights = _votes(probability, aims)
-    centres, votes = _piles(points, weights, vote_map(probability, aims, _MARGIN))
+    centres, votes = _piles(points, weights, vote_map(probability, aims, _MARGIN), probability.shape[2])
     if not len(centres):
         return [], ("no spine found",)
     spine = _chain(centres, votes)
@@ -141,7 +141,7 @@ def _votes(probability, aims):
     return places, aims.numpy()[(slice(None), *index)].T, probability.numpy()[index]
 
 
-def _piles(points, weights, votes):
+def _piles(points, weights, votes, slices):
     """Return the places (n, 3) where votes pile up, as the mean of the votes nearby, and how many these are (n,)."""
     highest = ndimage.maximum_filter(votes, 2 * _APART + 1)
     peaks = np.argwhere((votes == highest) & (votes > _LOWEST_PILE)) - _MARGIN
@@ -151,7 +151,25 @@ def _piles(points, weights, votes):
         if weights[near].sum() >= _FEWEST_VOTES:
             centres.append(np.average(points[near], axis=0, weights=weights[near]))
             counts.append(weights[near].sum())
-    return np.array(centres).reshape(-1, 3), np.array(counts)
+    centres, counts = np.array(centres).reshape(-1, 3), np.array(counts)
+    for beyond in (lambda places: places[:, 2] < 0, lambda places: places[:, 2] > slices - 1):
+        centres, counts = _with_cut(centres, counts, points[beyond(points)], weights[beyond(points)], beyond(centres))
+    return centres, counts
+
+
+def _with_cut(centres, counts, points, weights, there):
+    """Return piles with one for the votes beyond the first or the last slice: those of a cut vertebra.
+
+    They scatter, so that there may be no peak, or only small ones (`there`). Without a pile of their own they would go
+    to the whole vertebra beside it, which would then be taken for a cut one.
+    """
+    if weights.sum() < _FEWEST_VOTES or counts[there].max(initial=0) > weights.sum() / 2:
+        return centres, counts
+    centres, counts = centres[~there], counts[~there]
+    centre = np.average(points, axis=0, weights=weights)
+    if len(centres) and np.linalg.norm(centres - centre, axis=1).min() < _NEAREST:
+        return centres, counts
+    return np.vstack([centres, centre]), np.append(counts, weights.sum())
 
 
 def _outline(places, probability):
