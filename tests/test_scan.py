@@ -19,6 +19,7 @@ from spinelib.phantom.scan import (
     HOSPITAL,
     ScanMix,
     field_of_view,
+    sample_labels,
     sample_patient,
     sample_protocol,
     sample_scan,
@@ -52,6 +53,24 @@ def test_ct_and_labels_share_a_grid_of_the_asked_spacing(scans):
         assert scan.labels.values.dtype == np.uint8
         assert -1024 <= scan.ct.values.min() < scan.ct.values.max() <= 3071
     np.testing.assert_allclose(sample_scan(1, (3.0, 4.0, 5.0)).ct.spacing_mm, (3.0, 4.0, 5.0))
+
+
+def test_labels_on_another_grid_are_of_the_same_patient(scans):
+    scan = scans[2]
+    np.testing.assert_array_equal(sample_labels(SEEDS[2], scan.ct.grid), scan.labels.values)
+    raised = np.eye(4)
+    raised[2, 3] = COARSE_MM
+    moved = sample_labels(SEEDS[2], scan.ct.grid, motion=raised)
+    assert (moved[:, :, 1:] == scan.labels.values[:, :, :-1]).mean() > 0.999
+    assert (moved != scan.labels.values).mean() > 0.005
+    finer = VolumeGrid.from_bounds(*_bounds(scan.ct.grid), COARSE_MM / 2)
+    volume = (sample_labels(SEEDS[2], finer) > 0).sum() / 8
+    assert volume == pytest.approx((scan.labels.values > 0).sum(), rel=0.1)
+
+
+def _bounds(grid):
+    lower = grid.affine[:3, 3] - grid.spacing_mm / 2
+    return lower, lower + grid.spacing_mm * np.array(grid.shape)
 
 
 def test_labels_are_vertebrae_in_order_from_top_to_bottom(scans):

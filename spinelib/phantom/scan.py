@@ -98,11 +98,7 @@ def sample_scan(seed: int, spacing_mm=2.0, mix: ScanMix = HOSPITAL, device: str 
         For a negative seed or a spacing outside 0.3 to 10 mm.
     """
     spacing = _checked_spacing(spacing_mm)
-    streams = dict(zip(_STREAMS, np.random.SeedSequence(_checked_seed(seed)).spawn(len(_STREAMS)), strict=True))
-    rng = {name: np.random.default_rng(stream) for name, stream in streams.items()}
-    subject = sample_patient(seed, rng["person"], mix)
-    shapes = subject_shapes(subject)
-    pose = _lying(rng["person"], mix)
+    rng, subject, shapes, pose = _patient(seed, mix)
     grid = field_of_view(rng["field"], subject, pose, spacing, mix)
     tissue = tissue_volume(subject, shapes, grid, pose, device)
     has_table = rng["imaging"].random() < mix.table
@@ -112,6 +108,33 @@ def sample_scan(seed: int, spacing_mm=2.0, mix: ScanMix = HOSPITAL, device: str 
         _blank_corners(values)
     labels, centroids, cut = scan_truth(tissue, subject, shapes, pose)
     return LabelledCT(f"phantom-{seed:06d}", Volume(values, grid.affine), Volume(labels, grid.affine), centroids, cut)
+
+
+def sample_labels(seed: int, grid: VolumeGrid, mix: ScanMix = HOSPITAL, motion: np.ndarray | None = None) -> np.ndarray:
+    """Return the labels of `sample_scan` on another grid: the truth of a scan that was resampled or turned.
+
+    Parameters
+    ----------
+    seed : int
+    grid : VolumeGrid
+        Along the axes of the world.
+    mix : ScanMix
+    motion : ndarray (4, 4), optional
+        Rigid motion of the patient in the world.
+
+    Returns
+    -------
+    ndarray (R, A, S) of uint8
+        Vertebrae that the border of `grid` cuts included.
+
+    Raises
+    ------
+    InputError
+        For a negative seed.
+    """
+    _, subject, shapes, pose = _patient(seed, mix)
+    pose = pose if motion is None else motion @ pose
+    return scan_truth(tissue_volume(subject, shapes, grid, pose), subject, shapes, pose)[0]
 
 
 def sample_patient(seed: int, rng: np.random.Generator, mix: ScanMix) -> Subject:
@@ -177,6 +200,14 @@ def _height_range(rng, levels, heights):
     low = heights[levels.index(last)] if last in levels else heights[-1]
     bottom, top = low - rng.uniform(-15, 50), heights[levels.index(first)] + rng.uniform(-15, 50)
     return float(bottom), float(max(top, bottom + 60))
+
+
+def _patient(seed, mix):
+    """Return the streams of random numbers of a seed, its person, the vertebrae and how they lie."""
+    streams = np.random.SeedSequence(_checked_seed(seed)).spawn(len(_STREAMS))
+    rng = {name: np.random.default_rng(stream) for name, stream in zip(_STREAMS, streams, strict=True)}
+    subject = sample_patient(seed, rng["person"], mix)
+    return rng, subject, subject_shapes(subject), _lying(rng["person"], mix)
 
 
 def _random_family(rng) -> Family:
