@@ -137,7 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     started, folder = time.time(), Path(args.output)
     train, validation, source = _subjects(args)
     sets = (
-        DrawnParts(BiplanarDataset(train, args.annotation, augment=True, seed=args.seed), args.parts, args.seed),
+        DrawnParts(
+            BiplanarDataset(train, args.annotation, augment=True, seed=args.seed, clutter=args.clutter),
+            args.parts,
+            args.seed,
+        ),
         BiplanarDataset(validation, args.annotation),
     )
     start = load_variant(args.variant, args.start) if args.start else None
@@ -190,6 +194,9 @@ def _arguments(argv):
     parser.add_argument("-o", "--output", required=True, help="folder for weights, log and checkpoint")
     parser.add_argument("--epochs", type=int, default=20, help="passes of --parts vertebrae")
     parser.add_argument("--parts", type=int, default=PARTS, help="vertebrae a pass")
+    parser.add_argument(
+        "--clutter", type=float, default=0.0, help="share of patches overlaid with what may hide a patient's spine"
+    )
     parser.add_argument("--n-jobs", type=int, default=2, help="processes that render")
     parser.add_argument("--workers", type=int, default=1, help="processes that cut patches while training")
     parser.add_argument("--seed", type=int, default=0)
