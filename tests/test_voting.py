@@ -121,6 +121,16 @@ def test_scattered_votes_beyond_the_last_slice_are_a_cut_vertebra(top):
     assert [int(mask.sum()) for mask in whole] == pytest.approx([20 * 20 * 10] * COUNT, rel=0.005)
 
 
+def test_a_small_vertebra_close_to_a_large_one_is_found():
+    """Their bodies are 8 voxels apart, and the flank of the higher pile is higher than the lower pile's peak."""
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[20:44, 24:48, 40:46] = 21
+    labels[25:40, 32:50, 46:52] = 20
+    outlines, _ = gather(*perfect_votes(labels, noise=1.6))
+    sizes = [int((outline.probability > 0.5).sum()) for outline in outlines]
+    assert sizes == pytest.approx([(labels == 20).sum(), (labels == 21).sum()], rel=0.03)
+
+
 def test_votes_far_from_every_centre_count_for_none():
     labels = stack_of_blocks()
     probability, aims = perfect_votes(labels)

@@ -22,10 +22,10 @@ _AROUND = 48  # working voxels, 96 mm, around the hot line
 _GENEROUS = 0.6  # on the logit: the best of 0, 0.3, 0.6 on six scans that the last training left out, by 0.001
 _BLUR, _LOWEST_PILE = 1.5, 0.5  # working voxels, of the map of votes; votes a voxel
 _MARGIN = 8  # working voxels around the scan: the centre of a cut vertebra may lie outside
-_APART = 4  # working voxels, 8 mm: no two bodies are nearer
+_PEAK = 2  # working voxels around a peak that are lower; with 4, the flank of a neighbour hid a T1 12 mm above it
 _FEWEST_VOTES = 120.0  # working voxels of 8 mm3
 _FARTHEST = 12.0  # working voxels that a vote may miss a centre by
-_NEAREST, _LONGEST = 5.0, 35.0  # working voxels from one body to the next; the longer one bridges a missed vertebra
+_NEAREST, _LONGEST = 5.0, 35.0  # working voxels from one body to the next; the second bridges a missed vertebra
 _DETOUR = 0.01  # share of a vertebra's votes that a working voxel of distance costs
 _LOOSE = 80  # voxels: smaller loose pieces are left out; with 20, distances (HD) were 5 % longer
 
@@ -143,13 +143,17 @@ def _votes(probability, aims):
 
 def _piles(points, weights, votes, slices):
     """Return the places (n, 3) where votes pile up, as the mean of the votes nearby, and how many these are (n,)."""
-    highest = ndimage.maximum_filter(votes, 2 * _APART + 1)
-    peaks = np.argwhere((votes == highest) & (votes > _LOWEST_PILE)) - _MARGIN
+    highest = ndimage.maximum_filter(votes, 2 * _PEAK + 1)
+    peaks = np.argwhere((votes == highest) & (votes > _LOWEST_PILE))
+    peaks = peaks[np.argsort(-votes[tuple(peaks.T)])] - _MARGIN
     tree, centres, counts = cKDTree(points.reshape(-1, 3)), [], []
     for peak in peaks:
-        near = tree.query_ball_point(peak, _APART + 1)
-        if weights[near].sum() >= _FEWEST_VOTES:
-            centres.append(np.average(points[near], axis=0, weights=weights[near]))
+        near = tree.query_ball_point(peak, _NEAREST)
+        if weights[near].sum() < _FEWEST_VOTES:
+            continue
+        centre = np.average(points[near], axis=0, weights=weights[near])
+        if all(np.linalg.norm(centre - other) >= _NEAREST for other in centres):
+            centres.append(centre)
             counts.append(weights[near].sum())
     centres, counts = np.array(centres).reshape(-1, 3), np.array(counts)
     for beyond in (lambda places: places[:, 2] < 0, lambda places: places[:, 2] > slices - 1):
