@@ -79,7 +79,7 @@ def test_one_source(tmp_path, words):
 def test_training_from_the_command_line(tmp_path, capsys):
     for split, key in (("training", "a"), ("validation", "b")):
         write_labelled_ct(tmp_path / "verse", replace(block_spine((18, 19)), key=key), split, "PIR")
-    words = [str(tmp_path / "verse"), "--variant", "ours", "--annotation", "b2v", "--epochs", "1"]
+    words = [str(tmp_path / "verse"), "--variant", "ours", "--annotation", "b2v", "--epochs", "1", "--clutter", "0.5"]
     words += ["--parts", "1", "--workers", "0", "--n-jobs", "1", "--cache", str(tmp_path / "cache")]
     out = tmp_path / "out"
     assert main([*words, "-o", str(out)]) == 0
