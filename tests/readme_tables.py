@@ -27,6 +27,7 @@ TABLES = {
     "real_ct": REFERENCE / "real_ct.csv",
     "vertebrae": REFERENCE / "laptop" / "tables" / "scores.csv",
     "real_vertebrae": REFERENCE / "laptop" / "tables" / "real_scans.csv",
+    "ct_invariance": REFERENCE / "ct_invariance.csv",
     "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
     "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
     "ablation_transvert": REFERENCE / "ablation_transvert.csv",
@@ -114,6 +115,14 @@ COLUMNS = {
         "identified": "identified",
         "shape_hd_mm": "HD (mm)",
         "vertebrae": "vertebrae",
+    },
+    "ct_invariance": {
+        "version": "the same scan",
+        "dice": "Dice",
+        "change": "change",
+        "largest_change": "largest change of a scan",
+        "lost": "vertebrae lost",
+        "n": "scans",
     },
     "radiographs": {
         "name": "method",
@@ -214,6 +223,9 @@ def as_markdown(name: str) -> str:
         table = table[table["pairs"] == table["pairs"].max()]
     if name == "same_pairs":
         table = _with_published_registration(table)
+    if name == "ct_invariance":
+        table = _with_intervals(table, ["change"])
+        table[["dice", "largest_change"]] = table[["dice", "largest_change"]].map("{:.3f}".format)
     if name == "ablation_transvert":
         table = _with_steps(table)
     if name == "radiographs":
