@@ -130,8 +130,8 @@ def test_items_depend_on_seed_epoch_and_index_alone(pair):
     assert not torch.equal(one[1]["frontal"], two[1]["frontal"])
 
 
-@pytest.mark.parametrize("clutter", [0.0, 1.0])
-def test_augmented_images_stay_images_of_the_same_patient(pair, clutter):
+@pytest.mark.parametrize(("clutter", "least"), [(0.0, 0.2), (1.0, 0.0)])
+def test_augmented_images_stay_images_of_the_same_patient(pair, clutter, least):
     data = BiplanarDataset([pair], "none", True, click_mm=0.0, clutter=clutter)
     plain = BiplanarDataset([pair], "none")[0]["lateral"][0].reshape(-1)
     alike = []
@@ -140,14 +140,16 @@ def test_augmented_images_stay_images_of_the_same_patient(pair, clutter):
         image = data[0]["lateral"][0].reshape(-1)
         assert torch.isfinite(image).all() and image.abs().max() < 30
         alike.append(torch.corrcoef(torch.stack([plain, image]))[0, 1].item())
-    assert np.median(alike) > 0.7 and np.quantile(alike, 0.1) > 0.2 and max(alike) < 0.999
+    assert np.median(alike) > 0.7 and min(alike) > least and max(alike) < 0.999
 
 
-def test_clutter_hides_no_vertebra_that_is_not_asked_for(pair):
-    plain, none, some = (BiplanarDataset([pair], "c2v", True, clutter=share)[0] for share in (0.0, 0.0, 1.0))
-    assert torch.equal(plain["frontal"], none["frontal"])
-    assert not torch.equal(plain["frontal"], some["frontal"])
-    assert plain["target"].sum() == some["target"].sum()
+def test_clutter_changes_the_image_and_not_the_vertebra(pair):
+    usual, without, some = (
+        BiplanarDataset([pair], "c2v", True, **share)[0] for share in ({}, {"clutter": 0}, {"clutter": 1})
+    )
+    assert torch.equal(usual["frontal"], without["frontal"])
+    assert not torch.equal(usual["frontal"], some["frontal"])
+    assert usual["target"].sum() == some["target"].sum() > 0
 
 
 def test_clutter_differs_and_is_of_the_size_of_lungs_and_vessels():

@@ -63,14 +63,10 @@ def test_labels_on_another_grid_are_of_the_same_patient(scans):
     moved = sample_labels(SEEDS[2], scan.ct.grid, motion=raised)
     assert (moved[:, :, 1:] == scan.labels.values[:, :, :-1]).mean() > 0.999
     assert (moved != scan.labels.values).mean() > 0.005
-    finer = VolumeGrid.from_bounds(*_bounds(scan.ct.grid), COARSE_MM / 2)
+    corners = scan.ct.grid.corners_mm()
+    finer = VolumeGrid.from_bounds(corners.min(0), corners.max(0), COARSE_MM / 2)
     volume = (sample_labels(SEEDS[2], finer) > 0).sum() / 8
     assert volume == pytest.approx((scan.labels.values > 0).sum(), rel=0.1)
-
-
-def _bounds(grid):
-    lower = grid.affine[:3, 3] - grid.spacing_mm / 2
-    return lower, lower + grid.spacing_mm * np.array(grid.shape)
 
 
 def test_labels_are_vertebrae_in_order_from_top_to_bottom(scans):
