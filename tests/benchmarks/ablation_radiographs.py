@@ -4,7 +4,8 @@
     python tests/benchmarks/ablation_radiographs.py reports/ablation_transvert
 
 Every row is a network trained with the same people, steps and seed; `step` is its mean Dice minus that of the row
-named in `against`, over the same people. Writes reports/reference/ablation_transvert.csv.
+named in `against`, over the same people. Writes reports/reference/ablation_transvert.csv, or the CSV that is named
+second: ablation_transvert_longer.csv is of `--only outer_product` and `--only attention` of that sweep with 18 epochs.
 """
 
 import sys
@@ -38,11 +39,19 @@ def rows_of(sweep: Path) -> pd.DataFrame:
         row = table_rows(part)[["subjects", "vertebrae", "empty", "dice", "dice_low", "dice_high", "hd_mm", "asd_mm"]]
         row = {"variant": name, "name": NAMES[name]} | row.iloc[0].to_dict()
         row["level_accuracy"] = part.groupby("subject")["level_accuracy"].mean().mean()
-        if AGAINST.get(name) in scores:
-            apart = _by_person(part) - _by_person(scores[AGAINST[name]])
-            row |= {"against": AGAINST[name]} | interval_columns("step", apart)
+        above = _row_above(name, scores)
+        if above:
+            row |= {"against": above} | interval_columns("step", _by_person(part) - _by_person(scores[above]))
         rows.append(row | {"published_dice": published.get(name)})
     return pd.DataFrame(rows)
+
+
+def _row_above(name, scores):
+    """Return the nearest row above that has been run, if any."""
+    name = AGAINST.get(name)
+    while name and name not in scores:
+        name = AGAINST.get(name)
+    return name
 
 
 def _scores(folder):
@@ -56,5 +65,5 @@ def _by_person(part):
 
 if __name__ == "__main__":
     table = rows_of(Path(sys.argv[1]))
-    table.to_csv(TO, index=False, float_format="%.4f")
+    table.to_csv(sys.argv[2] if len(sys.argv) > 2 else TO, index=False, float_format="%.4f")
     print(table.to_string(index=False))

@@ -49,7 +49,7 @@ def motion_about_middle(grid, degrees):
 
 def holding(grid, motion):
     """Return the grid that still holds all of `grid` when it is turned by `motion`."""
-    ends = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in grid.shape])).reshape(3, -1).T
+    ends = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in grid.shape])).reshape(3, -1).T  # faces, not centres
     ends = affines.apply_affine(np.linalg.inv(motion) @ grid.affine, ends)
     return VolumeGrid.from_bounds(ends.min(0), ends.max(0), grid.spacing_mm)
 
@@ -78,7 +78,7 @@ def without(labels, cut):
 
 
 def main():
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 16
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 12
     torch.set_num_threads(1)
     segmenter, rows = VertebraSegmenter.load(), []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
