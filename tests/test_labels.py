@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import find_objects
 
 from spinelib.errors import InputError
 from spinelib.geometry import Volume, VolumeGrid
-from spinelib.imaging.labels import curves_from_labels, signed_distance
+from spinelib.imaging.labels import curves_from_labels, label_share, signed_distance
 from spinelib.levels import VERSE_LABELS
 
 
@@ -66,3 +67,23 @@ def test_distance_to_the_faces_of_a_mask():
     assert np.count_nonzero(distance.values < 0) == np.count_nonzero(values == 7)
     right = distance.values[:, 5, 3]  # a line of 2 mm steps; the finest side is 1 mm, so faces lie half of that off
     np.testing.assert_allclose(right[[0, 1, 2]], [4 - 0.5, 2 - 0.5, 0.5 - 2])
+
+
+def test_a_label_on_another_lattice():
+    values = np.zeros((10, 10, 10), np.uint8)
+    values[2:6, 3:7, 4:9] = 5
+    values[6:8, 3:7, 4:9] = 6
+    labels = Volume(values, np.diag([2.0, 2.0, 2.0, 1.0]))
+    box = find_objects(values)[4]
+    share, first = label_share(labels, 5, box, labels.affine)
+    assert first.tolist() == [1, 2, 3]
+    assert np.array_equal(np.pad(share, 1)[2:6, 2:6, 2:7], np.ones((4, 4, 5))) and share.sum() == 4 * 4 * 5
+    half = np.diag([2.0, 2.0, 2.0, 1.0])
+    half[0, 3] = 1.0  # between voxels
+    share, first = label_share(labels, 5, box, half)
+    middle = share[:, 3, 3]
+    assert np.allclose(middle[np.flatnonzero(middle)], [0.5, 1, 1, 1, 0.5])
+    assert first[0] + np.flatnonzero(middle)[0] == 1  # point 1 lies at 3 mm, the label begins at 4
+    away = np.eye(4)
+    away[:3, 3] = 100
+    assert label_share(labels, 5, box, away)[1].max() < 0

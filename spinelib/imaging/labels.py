@@ -1,10 +1,10 @@
-"""From masks of vertebrae: curves of the column, the truth for anyone who has them of CT or MR; distances to bone."""
+"""Masks of vertebrae: curves of the column, the truth for anyone who has them; distances; other lattices."""
 
 from collections.abc import Iterable
 
 import numpy as np
 from nibabel.affines import apply_affine
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import affine_transform, distance_transform_edt
 from scipy.ndimage import label as connected_parts
 
 from spinelib.deformation import framed
@@ -87,6 +87,36 @@ def signed_distance(labels: Volume, label: int, margin_mm: float) -> Volume:
     outside, inside = (distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
     half = spacing.min() / 2
     return Volume(np.where(mask, half - inside, outside - half), affine)
+
+
+def label_share(labels: Volume, label: int, box: tuple[slice, ...], affine) -> tuple[np.ndarray, np.ndarray]:
+    """Return how much of a label there is at the points of another lattice, trilinear.
+
+    Parameters
+    ----------
+    labels : Volume
+        Integers.
+    label : int
+    box : (3,) of slice
+        Holds the label, see `scipy.ndimage.find_objects`.
+    affine : ndarray (4, 4)
+        Takes indices of the lattice to the world.
+
+    Returns
+    -------
+    share : ndarray (l, m, n), float32
+        0 to 1, in a box of the lattice outside which it is 0.
+    first : ndarray (3,) of int
+        Index of the box's first point; may be negative.
+    """
+    to_labels = np.linalg.inv(labels.affine) @ affine
+    low, high = np.array([[side.start - 1, side.stop] for side in box], float).T
+    ends = np.stack(np.meshgrid(*zip(low, high, strict=True)), axis=-1).reshape(-1, 3)
+    ends = apply_affine(np.linalg.inv(to_labels), ends)
+    first, last = np.floor(ends.min(axis=0)).astype(int), np.ceil(ends.max(axis=0)).astype(int)
+    mask = np.pad(labels.values[box] == label, 1).astype(np.float32)
+    shift = apply_affine(to_labels, first) - low
+    return affine_transform(mask, to_labels[:3, :3], shift, tuple(last - first + 1), order=1), first
 
 
 def _edges(section, right_mm, anterior_mm):

@@ -23,6 +23,7 @@ from spinelib.errors import InputError
 from spinelib.geometry import Volume
 from spinelib.imaging.cone_beam import ConeBeam
 from spinelib.imaging.drr import attenuation_per_mm, line_integrals
+from spinelib.imaging.labels import label_share
 from spinelib.imaging.verse import BODY_SHARE, LabelledCT
 from spinelib.levels import T1_TO_L5, VERSE_LABELS
 from spinelib.record import written_atomically
@@ -288,16 +289,8 @@ def _shadow(mask, first, affine, beam):
 
 def _resampled(labels: Volume, label: int, box, affine):
     """Return a label on the lattice of `affine`: the whole vertebra, its body, and the first index."""
-    to_label = np.linalg.inv(labels.affine) @ affine
-    low, high = np.array([[side.start - 1, side.stop] for side in box], float).T
-    ends = np.stack(np.meshgrid(*zip(low, high, strict=True)), axis=-1).reshape(-1, 3)
-    ends = nib.affines.apply_affine(np.linalg.inv(to_label), ends)
-    first, last = np.floor(ends.min(axis=0)).astype(int), np.ceil(ends.max(axis=0)).astype(int)
-    mask = np.pad(labels.values[box] == label, 1).astype(np.float32)
-    whole = ndimage.affine_transform(
-        mask, to_label[:3, :3], nib.affines.apply_affine(to_label, first) - low, tuple(last - first + 1), order=1
-    )
-    whole = whole >= 0.5
+    share, first = label_share(labels, label, box, affine)
+    whole = share >= 0.5
     return whole, _body(whole), first
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nibabel import affines
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy import ndimage
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from spinelib.errors import InputError
 from spinelib.geometry import Volume
+from spinelib.imaging.labels import label_share
 from spinelib.imaging.readers import straightened
 from spinelib.imaging.verse import body_centroids_mm
 from spinelib.levels import LEVEL_ORDER
@@ -278,19 +278,13 @@ def _turned_deg(volume):
 def _carried(labels: Volume, onto: Volume) -> Volume:
     """Return labels on the grid of another volume: where a label, interpolated, passes one half."""
     out = np.zeros(onto.values.shape, np.uint8)
-    to_labels = np.linalg.inv(labels.affine) @ onto.affine
     for label, box in enumerate(ndimage.find_objects(labels.values), start=1):
         if box is None:
             continue
-        low, high = np.array([[side.start - 1, side.stop] for side in box], float).T
-        ends = np.array(np.meshgrid(*zip(low, high, strict=True))).reshape(3, -1).T
-        ends = affines.apply_affine(np.linalg.inv(to_labels), ends)
-        first = np.maximum(np.floor(ends.min(0)), 0).astype(int)
-        last = np.minimum(np.ceil(ends.max(0)) + 1, out.shape).astype(int)
-        mask = np.pad(labels.values[box] == label, 1).astype(np.float32)
-        shift = affines.apply_affine(to_labels, first) - low
-        share = ndimage.affine_transform(mask, to_labels[:3, :3], shift, tuple(last - first), order=1)
-        out[tuple(map(slice, first, last))][share > 0.5] = label
+        share, first = label_share(labels, label, box, onto.affine)
+        start, stop = np.clip([first, first + share.shape], 0, out.shape)
+        inside = share[tuple(map(slice, start - first, stop - first))] > 0.5
+        out[tuple(map(slice, start, stop))][inside] = label
     return Volume(out, onto.affine)
 
 
