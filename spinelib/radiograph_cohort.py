@@ -1,9 +1,10 @@
-"""Radiographs with known vertebrae, cached: standing phantoms, and CTs in the folders of VerSe."""
+"""Radiographs with known vertebrae, cached: phantoms that stand or lie, and CTs in the folders of VerSe."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -28,39 +29,72 @@ from spinelib.phantom.vertebra import VertebraShape, subject_shapes, vertebra_sd
 
 _VOXEL_MM = 2.0
 _AROUND_MM = np.array([45.0, 20.0, 75.0])  # beyond shoulders, skin, and body centres of T1 and L5
-_STANDING = ScanMix(enriched=0.5, arms=0.1)  # arms are held out of the lateral view, mostly
-_TURN_DEG = (1.5, 1.5, 4.0)  # standard deviation of bending aside and forward, and of turning, before the detector
+_ASIDE_DEG, _TURN_DEG = 1.5, 4.0  # standard deviation of bending aside and of turning before the detector
 
 
-def standing_person(seed: int) -> tuple[Subject, np.ndarray]:
-    """Return a standing person of a seed, and the rigid motion (4, 4) before the detectors, a few degrees.
+@dataclass(frozen=True)
+class _Bearing:
+    """How people are before the detectors; `lean_deg` is the standard deviation of bending forward or back."""
+
+    posture: str
+    mix: ScanMix
+    lean_deg: float
+
+
+BEARINGS: Mapping[str, _Bearing] = MappingProxyType(
+    {
+        "standing": _Bearing("standing", ScanMix(enriched=0.5, arms=0.1), lean_deg=1.5),
+        "lying": _Bearing("supine", ScanMix(enriched=0.5), lean_deg=10.0),
+    }
+)
+"""People 'standing' as for radiographs, mostly with the arms out of the lateral view; or 'lying' as in CT scanners,
+bent more than patients are: a round back holds its upper vertebrae at angles that few standing people have."""
+
+
+def radiographed_person(seed: int, bearing: str = "standing") -> tuple[Subject, np.ndarray]:
+    """Return a person of a seed, and the rigid motion (4, 4) before the detectors.
 
     The poses in the world of the radiographs are `motion @ subject.poses`.
+
+    Parameters
+    ----------
+    seed : int
+    bearing : str
+        One of `BEARINGS`.
+
+    Raises
+    ------
+    InputError
+        If the bearing is unknown.
     """
+    if bearing not in BEARINGS:
+        message = f"unknown bearing {bearing!r}. Expected one of: {', '.join(map(repr, BEARINGS))}."
+        raise InputError(message)
+    how = BEARINGS[bearing]
     rng = np.random.default_rng([seed, 51])
-    patient = sample_patient(seed, rng, _STANDING)
+    patient = sample_patient(seed, rng, how.mix)
     subject = sample_subject(
         seed,
         age_years=patient.age_years,
-        posture="standing",
-        curves="enriched" if rng.random() < _STANDING.enriched else "natural",
+        posture=how.posture,
+        curves="enriched" if rng.random() < how.mix.enriched else "natural",
         degenerative=bool(patient.degeneration),
         family=patient.family,
     )
     subject = replace(subject, bone_density=patient.bone_density, arms=patient.arms, fused=patient.fused)
     motion = np.eye(4)
-    turn = np.clip(rng.standard_normal(3), -2, 2) * _TURN_DEG
+    turn = np.clip(rng.standard_normal(3), -2, 2) * (how.lean_deg, _ASIDE_DEG, _TURN_DEG)
     motion[:3, :3] = Rotation.from_euler("xyz", turn, degrees=True).as_matrix()
     return subject, motion
 
 
-def standing_pair(seed: int) -> BiplanarSubject:
-    """Return the radiographs of `standing_person`; the same seed gives the same bytes.
+def phantom_pair(seed: int, bearing: str = "standing") -> BiplanarSubject:
+    """Return the radiographs of `radiographed_person`; the same arguments give the same bytes.
 
     Tissue is that of CT scans (`patient_hounsfield`), half of them with contrast agent as in the CTs that other
     radiographs are reconstructed from.
     """
-    subject, motion = standing_person(seed)
+    subject, motion = radiographed_person(seed, bearing)
     shapes = subject_shapes(subject)
     grid = _trunk_grid(subject, motion)
     tissue = tissue_volume(subject, shapes, grid, motion)
@@ -68,7 +102,7 @@ def standing_pair(seed: int) -> BiplanarSubject:
     places = {VERSE_LABELS[level]: i for i, level in enumerate(subject.levels)}
     poses = {label: motion @ subject.poses[places[label]] for label in LABELS if label in places}
     return project_pair(
-        f"standing-{seed:06d}",
+        f"{bearing}-{seed:06d}",
         Volume(values, grid.affine),
         {label: pose[:3, 3] for label, pose in poses.items()},
         lambda label, affine: _sampled(shapes, motion @ subject.poses, places[label], affine),
@@ -76,8 +110,8 @@ def standing_pair(seed: int) -> BiplanarSubject:
     )
 
 
-def render_biplanar_cohort(folder, count: int, seed: int = 0, n_jobs: int = 2) -> list[Path]:
-    """Render standing people of the seeds `seed` to `seed + count - 1`; existing files are kept.
+def render_biplanar_cohort(folder, count: int, seed: int = 0, n_jobs: int = 2, bearing: str = "standing") -> list[Path]:
+    """Render phantoms of the seeds `seed` to `seed + count - 1`; existing files are kept.
 
     Parameters
     ----------
@@ -86,6 +120,8 @@ def render_biplanar_cohort(folder, count: int, seed: int = 0, n_jobs: int = 2) -
     count, seed : int
     n_jobs : int
         Processes.
+    bearing : str
+        One of `BEARINGS`.
 
     Returns
     -------
@@ -97,7 +133,8 @@ def render_biplanar_cohort(folder, count: int, seed: int = 0, n_jobs: int = 2) -
     InputError
         If nobody could be rendered.
     """
-    jobs = {f"standing-{seed + i:06d}": partial(standing_pair, seed + i) for i in range(count)}
+    seeds = range(seed, seed + count)
+    jobs = {f"{bearing}-{each:06d}": partial(phantom_pair, each, bearing) for each in seeds}
     return _cached(folder, jobs, n_jobs)
 
 
@@ -161,7 +198,19 @@ def _trunk_grid(subject, motion) -> VolumeGrid:
     front = float((hull.centre.values + hull.half_depth.values).max())
     lower = np.array([aside.min(), rear, spine[:, 2].min()]) - _AROUND_MM
     upper = np.array([aside.max(), front, spine[:, 2].max()]) + _AROUND_MM
+    skin = _skin_line(hull, subject.poses[subject.index("T1") :, 2, 3], motion)
+    room = skin.min() - _VOXEL_MM, skin.max() + _VOXEL_MM  # whoever is bent far needs more
+    lower[1], upper[1] = min(lower[1], room[0]), max(upper[1], room[1])
     return VolumeGrid.from_bounds(lower, upper, _VOXEL_MM)
+
+
+def _skin_line(hull, heights_mm, motion):
+    """Return the anterior coordinates of belly and back, up and down the spine, after `motion`."""
+    heights = torch.arange(heights_mm.min() - _AROUND_MM[2], heights_mm.max() + _AROUND_MM[2], 10)
+    centre, half = hull.centre(heights).numpy(), hull.half_depth(heights).numpy()
+    aside = hull.middle(heights).numpy()
+    line = np.stack([np.stack([aside, anterior, heights.numpy()], -1) for anterior in (centre - half, centre + half)])
+    return moved(motion, line)[..., 1]
 
 
 # --- caching ---

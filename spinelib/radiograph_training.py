@@ -27,6 +27,9 @@ RATE = 2e-3
 """Peak rate of short trainings, for all networks; the paper's 1e-4 is for training until nothing changes."""
 
 
+_LYING_SEED = 100_000  # of the first lying person, after that of the first standing one
+
+
 class DrawnParts(Dataset):
     """A few items of a data set, others each epoch.
 
@@ -162,16 +165,29 @@ def _subjects(args):
     if bool(args.root) == bool(args.render):
         message = "give either a folder in VerSe layout or --render N for synthetic people."
         raise InputError(message)
+    if args.lying and not args.render:
+        message = "--lying adds synthetic people to those of --render N, and that is not given."
+        raise InputError(message)
     if args.render:
-        held_out = max(1, args.render // 12)
-        paths = render_biplanar_cohort(args.cache, args.render + held_out, args.subject_seed, args.n_jobs)
-        parts = paths[:-held_out], paths[-held_out:]
+        parts = _phantoms(args.cache, args.render, args.subject_seed, args.n_jobs)
         source = f"standing phantom seeds from {args.subject_seed}"
+        if args.lying:
+            seed = args.subject_seed + _LYING_SEED
+            more = _phantoms(Path(args.cache) / "lying", args.lying, seed, args.n_jobs, "lying")
+            parts = [standing + lying for standing, lying in zip(parts, more, strict=True)]
+            source += f", lying ones from {seed}"
     else:
         cache, source = Path(args.cache), str(args.root)
         splits = ("training", "validation")
         parts = [cache_biplanar_cohort(args.root, cache / split, (split,), args.n_jobs) for split in splits]
     return *([BiplanarSubject.load(path) for path in part] for part in parts), source
+
+
+def _phantoms(folder, count, *how):
+    """Return files of `count` training people and of one more in twelve for validation."""
+    held_out = max(1, count // 12)
+    paths = render_biplanar_cohort(folder, count + held_out, *how)
+    return paths[:-held_out], paths[-held_out:]
 
 
 def _arguments(argv):
@@ -183,6 +199,9 @@ def _arguments(argv):
     parser.add_argument("root", nargs="?", default="", metavar="FOLDER", help="CTs and masks in VerSe layout")
     parser.add_argument(
         "--render", type=int, default=0, metavar="N", help="train on N synthetic standing people instead"
+    )
+    parser.add_argument(
+        "--lying", type=int, default=0, metavar="N", help="with --render: N more who lie as in a CT scanner, bent"
     )
     parser.add_argument("--variant", choices=list(VARIANTS), default="ours")
     parser.add_argument("--annotation", choices=ANNOTATIONS, default="c2v", help="what marks the vertebra in a patch")

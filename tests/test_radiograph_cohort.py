@@ -6,14 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn_pairs import drawn_ct
+from scipy.spatial.transform import Rotation
 
 from spinelib import radiograph_cohort
 from spinelib.errors import InputError
 from spinelib.imaging.radiograph_pairs import CUBE_MM, LABELS, PATCH, BiplanarSubject, cube_affine, make_pair
 from spinelib.imaging.verse import write_labelled_ct
 from spinelib.levels import LEVEL_OF_LABEL
+from spinelib.phantom.render import tissue_volume
 from spinelib.phantom.vertebra import subject_shapes, vertebra_mesh
-from spinelib.radiograph_cohort import cache_biplanar_cohort, render_biplanar_cohort, standing_pair, standing_person
+from spinelib.radiograph_cohort import (
+    BEARINGS,
+    cache_biplanar_cohort,
+    phantom_pair,
+    radiographed_person,
+    render_biplanar_cohort,
+)
 
 T13_SEED = 4
 """Of a person with thirteen thoracic vertebrae."""
@@ -23,22 +31,52 @@ T13_SEED = 4
 def pair():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(radiograph_cohort, "_VOXEL_MM", 6.0)
-        return standing_pair(T13_SEED)
+        return phantom_pair(T13_SEED)
 
 
 def test_the_person_stands_and_is_the_same_each_time():
-    subject, motion = standing_person(T13_SEED)
-    again, same = standing_person(T13_SEED)
+    subject, motion = radiographed_person(T13_SEED)
+    again, same = radiographed_person(T13_SEED)
     assert subject.posture == "standing" and "T13" in subject.levels
     assert np.array_equal(subject.poses, again.poses) and np.array_equal(motion, same)
     assert np.allclose(motion[:3, :3] @ motion[:3, :3].T, np.eye(3)) and np.linalg.det(motion) == pytest.approx(1)
     assert np.degrees(np.arccos((np.trace(motion[:3, :3]) - 1) / 2)) < 12
-    assert not np.array_equal(standing_person(5)[1], motion)
+    assert not np.array_equal(radiographed_person(5)[1], motion)
+
+
+def test_who_lies_is_bent_more_than_who_stands():
+    bent = {
+        bearing: np.array([np.abs(lean_deg(radiographed_person(seed, bearing)[1])) for seed in range(13)])
+        for bearing in BEARINGS
+    }
+    assert bent["standing"].max() < 3.1 and 12 < bent["lying"].max() < 20.1
+    assert radiographed_person(0, "lying")[0].posture == "supine"
+    with pytest.raises(InputError, match="unknown bearing 'sitting'. Expected one of: 'standing', 'lying'"):
+        radiographed_person(0, "sitting")
+
+
+def lean_deg(motion):
+    return Rotation.from_matrix(motion[:3, :3]).as_euler("xyz", degrees=True)[0]
+
+
+@pytest.mark.parametrize("lean", [-20, 20])
+def test_the_box_holds_skin_to_skin_of_whoever_is_bent(lean, monkeypatch):
+    monkeypatch.setattr(radiograph_cohort, "_VOXEL_MM", 6.0)
+    subject, motion = radiographed_person(T13_SEED)
+    motion[:3, :3] = Rotation.from_euler("x", lean, degrees=True).as_matrix()
+    grid = radiograph_cohort._trunk_grid(subject, motion)
+    tissue = tissue_volume(subject, subject_shapes(subject), grid, motion).fractions.sum(0)
+    spine = motion @ subject.poses[subject.index("T2") :]  # before T1 hangs the chin
+    rows = [np.searchsorted(grid.axes_mm()[2], height) for height in (spine[-1, 2, 3], spine[0, 2, 3])]
+    beside = [np.searchsorted(grid.axes_mm()[0], spine[:, 0, 3].mean() + side) for side in (-60, 60)]
+    trunk = tissue[slice(*beside), :, slice(*rows)]
+    assert trunk[:, trunk.shape[1] // 2].max() > 0.9
+    assert trunk[:, 0].max() < 0.01 and trunk[:, -1].max() < 0.01
 
 
 def test_t1_to_l5_with_their_frames(pair):
     assert pair.labels == LABELS
-    subject, motion = standing_person(T13_SEED)
+    subject, motion = radiographed_person(T13_SEED)
     for number, label in enumerate(pair.labels):
         pose = motion @ subject.poses[subject.index(LEVEL_OF_LABEL[label])]
         assert np.allclose(pair.bodies_mm[number], pose[:3, 3])
@@ -47,7 +85,7 @@ def test_t1_to_l5_with_their_frames(pair):
 
 @pytest.mark.parametrize("level", ["T1", "T7", "L3"])
 def test_masks_are_the_vertebrae_whole(pair, level):
-    subject, _ = standing_person(T13_SEED)
+    subject, _ = radiographed_person(T13_SEED)
     number = [LEVEL_OF_LABEL[label] for label in pair.labels].index(level)
     mask = pair.masks.cut(number, (-20, -20, -20), 104)
     mesh = vertebra_mesh(subject_shapes(subject)[subject.index(level)], 1.5)
@@ -82,20 +120,20 @@ def test_radiographs_show_the_body_from_skin_to_skin(pair):
         assert (image[rows, cols] > 1.5).all() and np.isfinite(image).all()
 
 
-def fails_at(bad, seed):
+def fails_at(bad, seed, bearing):
     if seed == bad:
         raise RuntimeError("this one fails")
-    return make_pair(drawn_ct(f"standing-{seed:06d}"))
+    return make_pair(drawn_ct(f"{bearing}-{seed:06d}"))
 
 
 def test_cohort_keeps_what_is_there_and_quarantines(tmp_path, monkeypatch):
-    monkeypatch.setattr(radiograph_cohort, "standing_pair", partial(fails_at, 8))
+    monkeypatch.setattr(radiograph_cohort, "phantom_pair", partial(fails_at, 8))
     paths = render_biplanar_cohort(tmp_path, 3, seed=7, n_jobs=1)
     assert [p.stem for p in paths] == ["standing-000007", "standing-000009"]
     reasons = pd.read_csv(tmp_path / "quarantine.csv")
     assert reasons.to_numpy().tolist() == [["standing-000008", "RuntimeError: this one fails"]]
     stamps = [p.stat().st_mtime_ns for p in paths]
-    monkeypatch.setattr(radiograph_cohort, "standing_pair", partial(fails_at, -1))
+    monkeypatch.setattr(radiograph_cohort, "phantom_pair", partial(fails_at, -1))
     again = render_biplanar_cohort(tmp_path, 4, seed=7, n_jobs=1)
     assert [p.stem for p in again] == [f"standing-{i:06d}" for i in (7, 8, 9, 10)]
     assert [paths[0].stat().st_mtime_ns, paths[1].stat().st_mtime_ns] == stamps
@@ -103,7 +141,7 @@ def test_cohort_keeps_what_is_there_and_quarantines(tmp_path, monkeypatch):
 
 
 def test_nobody_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(radiograph_cohort, "standing_pair", partial(fails_at, 0))
+    monkeypatch.setattr(radiograph_cohort, "phantom_pair", partial(fails_at, 0))
     with pytest.raises(InputError, match="none of 1 .* this one fails"):
         render_biplanar_cohort(tmp_path, 1, n_jobs=1)
     with pytest.raises(InputError, match="none of 0"):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import torch
 from drawn_ellipsoids import Ellipsoids
 from drawn_spines import block_spine
 
+from spinelib import radiograph_training
 from spinelib.errors import InputError
-from spinelib.imaging.radiograph_pairs import make_pair
+from spinelib.imaging.radiograph_pairs import BiplanarSubject, make_pair
 from spinelib.imaging.verse import write_labelled_ct
 from spinelib.models.biplanar import load_variant, new_variant, read_card
 from spinelib.radiograph_training import DrawnParts, leave_one_out, main, train_variant
@@ -74,6 +76,28 @@ def test_unknown_variant(tmp_path):
 def test_one_source(tmp_path, words):
     with pytest.raises(InputError, match="either a folder in VerSe layout or --render"):
         main([*words, "-o", str(tmp_path)])
+
+
+def test_lying_people_are_added_to_standing_ones(tmp_path, monkeypatch):
+    asked = []
+
+    def render(folder, count, *how):
+        asked.append((Path(folder), count, *how))
+        return [tmp_path / f"{len(asked)}-{i}" for i in range(count)]
+
+    monkeypatch.setattr(radiograph_training, "render_biplanar_cohort", render)
+    monkeypatch.setattr(BiplanarSubject, "load", lambda path: path.name)
+    words = ["--render", "24", "--lying", "2", "--cache", str(tmp_path), "-o", str(tmp_path)]
+    train, validation, source = radiograph_training._subjects(radiograph_training._arguments(words))
+    assert asked == [(tmp_path, 26, 200_000, 2), (tmp_path / "lying", 3, 300_000, 2, "lying")]
+    assert train == [f"1-{i}" for i in range(24)] + ["2-0", "2-1"]
+    assert validation == ["1-24", "1-25", "2-2"]
+    assert source == "standing phantom seeds from 200000, lying ones from 300000"
+
+
+def test_lying_people_are_synthetic(tmp_path):
+    with pytest.raises(InputError, match="--lying adds synthetic people to those of --render"):
+        main(["folder", "--lying", "2", "-o", str(tmp_path)])
 
 
 def test_training_from_the_command_line(tmp_path, capsys):

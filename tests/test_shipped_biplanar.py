@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spinelib.models.biplanar import load_variant, read_card
-from spinelib.radiograph_cohort import standing_pair
+from spinelib.radiograph_cohort import phantom_pair
 from spinelib.radiograph_evaluation import evaluate_subjects, network_method
 from spinelib.record import file_sha256
 
@@ -25,7 +25,7 @@ def test_the_card_belongs_to_the_weights():
 
 @pytest.mark.slow
 def test_an_unseen_person_is_seen_in_three_dimensions():
-    person = standing_pair(SEED)
+    person = phantom_pair(SEED)
     scores = evaluate_subjects({"ours": network_method(load_variant("ours"))}, [person])
     print(scores[["level", "dice", "hd_mm", "level_accuracy"]])
     assert scores["dice"].mean() > LEAST_DICE
