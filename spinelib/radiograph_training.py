@@ -27,6 +27,7 @@ RATE = 2e-3
 """Peak rate of short trainings, for all networks; the paper's 1e-4 is for training until nothing changes."""
 
 
+_TUNING_PARTS, _TUNING_RATE = 100, 1e-4  # of fine-tuning on a few scans; RATE * FINE_TUNING undoes much in so few
 _LYING_SEED = 100_000  # of the first lying person, after that of the first standing one
 
 
@@ -99,17 +100,27 @@ def train_variant(
 
 
 def leave_one_out(
-    start: nn.Module, subjects: Sequence[BiplanarSubject], epochs: int, folder, seed: int = 0
+    start: nn.Module,
+    subjects: Sequence[BiplanarSubject],
+    beside: Sequence[BiplanarSubject],
+    epochs: int,
+    folder,
+    seed: int = 0,
 ) -> dict[str, nn.Module]:
-    """Fine-tune 'ours' for every subject on all the others.
+    """Fine-tune 'ours' for every subject on all the others, and as much on people that it knows.
+
+    On a few scans alone it forgets what these do not show, as other levels.
 
     Parameters
     ----------
     start : Module
         A trained `LiftingNet`; left as it is.
     subjects : sequence of BiplanarSubject
+    beside : sequence of BiplanarSubject
+        As those that `start` was trained on.
     epochs : int
-        Passes of all vertebrae of the others. The pass with the least loss on them, not spoilt, is kept.
+        Passes of `_TUNING_PARTS` vertebrae, half of them of the others. The pass with the least loss on the others
+        and as many people of `beside`, not spoilt, is kept.
     folder : path
     seed : int
 
@@ -126,11 +137,14 @@ def leave_one_out(
     if len(subjects) < 2:
         message = f"leave-one-out needs two subjects or more, given {len(subjects)}."
         raise InputError(message)
-    config, tuned = TrainConfig(epochs, BATCH_SIZE, RATE * FINE_TUNING, seed=seed), {}
+    config, tuned = TrainConfig(epochs, BATCH_SIZE, _TUNING_RATE, seed=seed), {}
     for subject in subjects:
         others = [other for other in subjects if other is not subject]
-        sets = BiplanarDataset(others, augment=True, seed=seed), BiplanarDataset(others)
-        tuned[subject.key] = train_variant("ours", *sets, config, Path(folder) / subject.key, start=start)
+        known, new = (sum(len(person.labels) for person in people) for people in (beside, others))
+        people = [*beside, *others * max(1, round(known / new))]
+        train = DrawnParts(BiplanarDataset(people, augment=True, seed=seed), _TUNING_PARTS, seed)
+        validation = BiplanarDataset([*others, *beside[: len(others)]])
+        tuned[subject.key] = train_variant("ours", train, validation, config, Path(folder) / subject.key, start=start)
     return tuned
 
 

@@ -54,17 +54,19 @@ def test_each_epoch_draws_other_parts():
 
 def test_leave_one_out_never_trains_on_the_one(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        "spinelib.radiograph_training.fit",
-        lambda net, train, *rest, **options: seen.setdefault(rest[-1].name, [s.key for s in train.subjects]),
-    )
+
+    def look(net, train, validation, config, folder, **options):
+        seen[folder.name] = [[person.key for person in part.subjects] for part in (train.whole, validation)]
+
+    monkeypatch.setattr("spinelib.radiograph_training.fit", look)
     pair = make_pair(block_spine((18, 19)))
-    people = [replace(pair, key=key) for key in "abc"]
-    tuned = leave_one_out(new_variant("ours"), people, 1, tmp_path)
-    assert seen == {"a": ["b", "c"], "b": ["a", "c"], "c": ["a", "b"]}
+    people, beside = [[replace(pair, key=key) for key in keys] for keys in ("abc", "vwxyz")]
+    tuned = leave_one_out(new_variant("ours"), people, beside, 1, tmp_path)
+    for key, others in {"a": "bc", "b": "ac", "c": "ab"}.items():
+        assert seen[key] == [["v", "w", "x", "y", "z", *others, *others], [*others, "v", "w"]]  # half of them others
     assert set(tuned) == set("abc")
     with pytest.raises(InputError, match="two subjects"):
-        leave_one_out(new_variant("ours"), people[:1], 1, tmp_path)
+        leave_one_out(new_variant("ours"), people[:1], beside, 1, tmp_path)
 
 
 def test_unknown_variant(tmp_path):
