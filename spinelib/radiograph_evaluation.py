@@ -126,21 +126,19 @@ def body_region(subject: BiplanarSubject, number: int) -> Bool[np.ndarray, "64 6
 # --- methods ---
 
 
-def network_method(
-    network: nn.Module, annotation: str = "c2v", click_mm: float = 0.0, crop_mm: float = 0.0, seed: int = 0
-) -> Method:
+def network_method(network: nn.Module, click_mm: float = 0.0, crop_mm: float = 0.0, seed: int = 0) -> Method:
     """Return a network as a method.
 
     Parameters
     ----------
     network : Module
-        With `predict(batch) -> (mask share, level index)`, see `models.biplanar`.
-    annotation, click_mm, crop_mm, seed
+        With `annotation` and `predict(batch) -> (mask share, level index)`, see `models.biplanar`.
+    click_mm, crop_mm, seed
         See `models.biplanar_data.BiplanarDataset`; the clicks are as far off as `click_mm` says.
     """
 
     def method(subject):
-        dataset = BiplanarDataset([subject], annotation, seed=seed, click_mm=click_mm, crop_mm=crop_mm)
+        dataset = BiplanarDataset([subject], network.annotation, seed=seed, click_mm=click_mm, crop_mm=crop_mm)
         shares, levels, targets = [], [], []
         network.eval()
         device = next(network.parameters()).device
@@ -200,7 +198,7 @@ def ceiling_method(subject: BiplanarSubject) -> Answer:
 
 def predicted_frames(network: LiftingNet, subject: BiplanarSubject) -> Float[np.ndarray, "n 3 3"]:
     """Return the frames that the network's own head reads, columns right, anterior, superior."""
-    batches = DataLoader(BiplanarDataset([subject]), _AT_ONCE)
+    batches = DataLoader(BiplanarDataset([subject], network.annotation), _AT_ONCE)
     return np.concatenate([network.predict_frames(batch).cpu().numpy() for batch in batches])
 
 

@@ -45,6 +45,7 @@ class DrawnParts(Dataset):
 
     def __init__(self, whole: Dataset, count: int, seed: int = 0):
         self.whole, self.count, self.seed = whole, min(count, len(whole)), seed
+        self.annotation = getattr(whole, "annotation", None)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,7 +78,7 @@ def train_variant(
     name : str
         One of `spinelib.models.biplanar.VARIANTS`.
     train, validation : Dataset
-        Items as those of `BiplanarDataset`.
+        Items as those of `BiplanarDataset`. The network keeps the `annotation` of `train` in mind.
     config : TrainConfig
     folder : path
         Gets log and checkpoint; a training that was interrupted goes on.
@@ -95,6 +96,7 @@ def train_variant(
     network = new_variant(name).to(fastest_device())
     if start is not None:
         network.load_state_dict(start.state_dict())
+    network.annotation = getattr(train, "annotation", None) or network.annotation
     fit(network, train, validation, config, folder, workers=workers)
     return network.eval()
 
@@ -142,8 +144,8 @@ def leave_one_out(
         others = [other for other in subjects if other is not subject]
         known, new = (sum(len(person.labels) for person in people) for people in (beside, others))
         people = [*beside, *others * max(1, round(known / new))]
-        train = DrawnParts(BiplanarDataset(people, augment=True, seed=seed), _TUNING_PARTS, seed)
-        validation = BiplanarDataset([*others, *beside[: len(others)]])
+        train = DrawnParts(BiplanarDataset(people, start.annotation, augment=True, seed=seed), _TUNING_PARTS, seed)
+        validation = BiplanarDataset([*others, *beside[: len(others)]], start.annotation)
         tuned[subject.key] = train_variant("ours", train, validation, config, Path(folder) / subject.key, start=start)
     return tuned
 

@@ -27,7 +27,7 @@ from spinelib.imaging.radiograph_pairs import PATCH, PIXEL_MM, VIEWS, cube_affin
 from spinelib.imaging.readers import read_projection, write_volume
 from spinelib.levels import COLOURS, T1_TO_L5
 from spinelib.models.biplanar import load_variant, read_card
-from spinelib.models.biplanar_data import cube_to_patch, disc, normalised
+from spinelib.models.biplanar_data import MARKED, cube_to_patch, discs, next_bodies, normalised
 from spinelib.radiograph_figures import radiograph_pair
 from spinelib.report import page, result_folder, written_together
 from spinelib.spine import Spine
@@ -258,7 +258,13 @@ def _on_patch_pixels(image, beam) -> tuple[np.ndarray, ConeBeam]:
 
 def _predicted(network, views, centres) -> tuple[np.ndarray, list[str]]:
     """Return probabilities (n, 64, 64, 64) and the levels that the network reads."""
-    items = [_item(views, centre) for centre in centres]
+    if network.annotation not in MARKED:
+        message = (
+            f"these weights were trained with the annotation {network.annotation!r}, expected one of: "
+            f"{', '.join(map(repr, MARKED))}. Fix: spinelib train transvert --variant {VARIANT} --annotation n2v"
+        )
+        raise InputError(message)
+    items = [_item(views, centres, number, network.annotation) for number in range(len(centres))]
     shares, levels = [], []
     for start in range(0, len(items), _AT_ONCE):
         some = items[start : start + _AT_ONCE]
@@ -268,13 +274,14 @@ def _predicted(network, views, centres) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(shares), levels
 
 
-def _item(views, centre) -> dict[str, torch.Tensor]:
+def _item(views, centres, number, annotation) -> dict[str, torch.Tensor]:
     """Return the input of a vertebra, as `models.biplanar_data.BiplanarDataset` makes it."""
-    item = {}
+    item, centre = {}, centres[number]
+    marks = next_bodies(centres, number) if annotation == "n2v" else ()
     for name, (values, beam) in zip(VIEWS, views, strict=True):
         corner = patch_corner(beam, centre)
         patch = normalised(cut_out(values, corner, PATCH))
-        item[name] = np.stack([patch, disc(beam.project(centre) - corner)])
+        item[name] = np.stack([patch, discs(beam, corner, centre, marks)])
         item[f"cube_to_{name}"] = cube_to_patch(beam, cube_affine(centre), corner)
     return {key: torch.from_numpy(np.ascontiguousarray(value, np.float32)) for key, value in item.items()}
 

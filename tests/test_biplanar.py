@@ -53,6 +53,13 @@ def test_the_file_is_half_as_large_as_the_networks(networks, path):
     assert path.stat().st_size < 2.2 * numbers
 
 
+def test_a_network_knows_its_annotation(networks, tmp_path):
+    assert new_variant("ours").annotation == new_variant("transvert").annotation == "c2v"
+    for card, expected in (({}, "c2v"), ({"annotation": "n2v"}, "n2v")):
+        save_variants({"ours": networks["ours"]}, tmp_path / "w.safetensors", card)
+        assert load_variant("ours", tmp_path / "w.safetensors").annotation == expected
+
+
 def test_the_card_comes_back(path):
     assert read_card(path) == CARD
 

@@ -16,6 +16,7 @@ from spinelib.models.biplanar_data import (
     _clutter,
     cross_validation,
     disc,
+    next_bodies,
     normalised,
 )
 
@@ -119,7 +120,46 @@ def test_a_wrong_click_moves_patch_and_disc_together(pair):
 
 def test_annotations_differ(pair):
     inked = {a: BiplanarDataset([pair], a)[0]["lateral"][1].sum().item() for a in ANNOTATIONS}
-    assert inked["none"] == 0 < inked["c2v"] < 8 < inked["b2v"] < inked["v2v"]
+    assert inked["none"] == 0 < inked["c2v"] < inked["n2v"] < 8 < inked["b2v"] < inked["v2v"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_next_body_centres_are_marked_half_as_bright(pair, number):
+    item = BiplanarDataset([pair], "n2v")[number]
+    away = (pair.bodies_mm[1 - number] - pair.bodies_mm[number]) / CUBE_MM
+    for view in VIEWS:
+        image = item[view][1].numpy()
+        own, other = (seen(item, view, [MIDDLE + [*shift, 0]])[0] for shift in (np.zeros(3), away))
+        fainter = np.where(np.hypot(*(np.indices(image.shape) - other[:, None, None])) < 4, image, 0)
+        assert image.max() > 0.9 and 0.4 < fainter.max() <= 0.5
+        assert np.allclose(np.argwhere(fainter).T @ fainter[fainter > 0] / fainter.sum(), other, atol=0.1)
+        assert np.allclose(np.unravel_index(image.argmax(), image.shape), own, atol=0.6)
+
+
+def test_next_bodies_of_a_list():
+    bodies = np.arange(9.0).reshape(3, 3)
+    assert [next_bodies(bodies, i)[:, 0].tolist() for i in range(3)] == [[3], [0, 6], [3]]
+    assert next_bodies(bodies[:1], 0).shape == (0, 3)
+
+
+def test_next_marks_are_clicks_too_and_some_are_missing(pair):
+    data = BiplanarDataset([pair], "n2v", augment=True, click_mm=0.0)
+    plain = BiplanarDataset([pair], "c2v")[0]["lateral"][1].sum()
+    inked = []
+    for epoch in range(40):
+        data.set_epoch(epoch)
+        inked.append(float(data[0]["lateral"][1].sum() / plain))
+    alone = np.isclose(inked, 1)
+    assert 0 < alone.mean() < 0.4 and np.allclose(np.array(inked)[~alone], 1.5, atol=0.15)
+    exact, noisy = (BiplanarDataset([pair], "n2v", click_mm=mm, seed=3) for mm in (0.0, 5.0))
+    apart = [np.diff(peaks(each[0]["lateral"][1].numpy()), axis=0) for each in (exact, noisy)]
+    assert np.abs(apart[0] - apart[1]).max() > 1
+
+
+def peaks(image):
+    """Return the places of the bright disc and of the faint one."""
+    faint = np.where(image <= 0.5, image, 0)
+    return np.array([np.unravel_index(image.argmax(), image.shape), np.unravel_index(faint.argmax(), image.shape)])
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(pair):

@@ -49,6 +49,8 @@ def box(size, shift=(0, 0, 0)):
 class Knows(torch.nn.Module):
     """Answers with the target, shifted by voxels, and one level further down."""
 
+    annotation = "c2v"
+
     def __init__(self, shift=0):
         super().__init__()
         self.shift, self.weight = shift, torch.nn.Parameter(torch.zeros(1))

@@ -57,16 +57,19 @@ def test_leave_one_out_never_trains_on_the_one(tmp_path, monkeypatch):
 
     def look(net, train, validation, config, folder, **options):
         seen[folder.name] = [[person.key for person in part.subjects] for part in (train.whole, validation)]
+        assert train.annotation == validation.annotation == net.annotation == "n2v"
 
     monkeypatch.setattr("spinelib.radiograph_training.fit", look)
     pair = make_pair(block_spine((18, 19)))
     people, beside = [[replace(pair, key=key) for key in keys] for keys in ("abc", "vwxyz")]
-    tuned = leave_one_out(new_variant("ours"), people, beside, 1, tmp_path)
+    start = new_variant("ours")
+    start.annotation = "n2v"
+    tuned = leave_one_out(start, people, beside, 1, tmp_path)
     for key, others in {"a": "bc", "b": "ac", "c": "ab"}.items():
         assert seen[key] == [["v", "w", "x", "y", "z", *others, *others], [*others, "v", "w"]]  # half of them others
     assert set(tuned) == set("abc")
     with pytest.raises(InputError, match="two subjects"):
-        leave_one_out(new_variant("ours"), people[:1], beside, 1, tmp_path)
+        leave_one_out(start, people[:1], beside, 1, tmp_path)
 
 
 def test_unknown_variant(tmp_path):
@@ -115,5 +118,6 @@ def test_training_from_the_command_line(tmp_path, capsys):
     assert (card["variant"], card["annotation"]) == ("ours", "b2v")
     assert card["command"].startswith("spinelib train transvert")
     assert read_card(out / "weights.safetensors") == {key: value for key, value in card.items() if key != "sha256"}
-    assert not load_variant("ours", out / "weights.safetensors").training
+    network = load_variant("ours", out / "weights.safetensors")
+    assert not network.training and network.annotation == "b2v"
     assert np.isfinite(pd.read_csv(out / "log.csv")["train_loss"]).all()

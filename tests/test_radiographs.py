@@ -35,6 +35,8 @@ BODY_MM = (36.0, 30.0, 24.0)
 class Blocks(torch.nn.Module):
     """Answers a body with a spinous process where the cube has its body centre; keeps what it was shown."""
 
+    annotation = "c2v"
+
     def __init__(self):
         super().__init__()
         self.seen, self.levels, self.probability = [], list(SEEN), 0.9
@@ -105,6 +107,11 @@ def refused(case, capsys, *more, spacing=True):
     return said
 
 
+def test_weights_that_need_masks_are_refused(case, capsys, network):
+    network.annotation = "v2v"
+    assert "trained with the annotation 'v2v', expected one of: 'c2v', 'n2v'. Fix:" in refused(case, capsys)
+
+
 def strict_json(path):
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
 
@@ -143,7 +150,8 @@ def test_every_promised_file_says_the_same(case, capsys):
     assert 'src="http' not in page
 
 
-def test_the_network_sees_what_it_was_trained_on(network):
+@pytest.mark.parametrize("annotation", ["c2v", "n2v"])
+def test_the_network_sees_what_it_was_trained_on(network, annotation):
     """A subject of the training data, written as whole radiographs and read back, gives the items of training."""
     from drawn_pairs import drawn_ct
 
@@ -161,9 +169,10 @@ def test_the_network_sees_what_it_was_trained_on(network):
     points = np.stack([beam.project(subject.bodies_mm) for beam in whole])
     levels = tuple(LEVEL_OF_LABEL[label] for label in subject.labels)
     network.levels = list(levels)
+    network.annotation = annotation
     radiographs.predict_pair(images, whole, PointPairs(levels, points), network)
     (batch,) = network.seen
-    expected = [BiplanarDataset([subject])[i] for i in range(2)]
+    expected = [BiplanarDataset([subject], annotation)[i] for i in range(2)]
     for name in ("cube_to_frontal", "cube_to_lateral"):
         torch.testing.assert_close(batch[name], torch.stack([item[name] for item in expected]), atol=2e-3, rtol=0)
     for name in ("frontal", "lateral"):

@@ -51,4 +51,11 @@ WEIGHTS = WeightsFile(
 """Files of trained networks by the names of `VARIANTS`."""
 
 FORMAT = WEIGHTS.format
-save_variants, load_variant, read_card = WEIGHTS.save, WEIGHTS.load, WEIGHTS.card
+save_variants, read_card = WEIGHTS.save, WEIGHTS.card
+
+
+def load_variant(name: str, path=None) -> nn.Module:
+    """Return a trained network, which knows the `annotation` that it was trained with; see `WeightsFile.load`."""
+    network = WEIGHTS.load(name, path)
+    network.annotation = read_card(path).get("annotation", network.annotation)
+    return network

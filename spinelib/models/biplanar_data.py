@@ -28,13 +28,18 @@ from spinelib.imaging.radiograph_pairs import (
     patch_corner,
 )
 
-ANNOTATIONS = ("none", "c2v", "b2v", "v2v")
-"""Second channel of a patch: nothing, a disc at the body centre, the projected body, the projected vertebra."""
+ANNOTATIONS = ("none", "c2v", "n2v", "b2v", "v2v")
+"""Second channel of a patch: nothing, a disc at the body centre, fainter ones at the next body centres besides, the
+projected body, the projected vertebra. All but 'n2v', of ours, are those of Bayat 2020."""
+
+MARKED = ("c2v", "n2v")
+"""Those that need marked points only, no mask."""
 
 CLICK_MM = 1.5
 """Standard deviation of the body centre that training assumes, about 1 pixel; on real images it is 2 to 5."""
 
-_DISC_PX = 1.0
+_DISC_PX, _NEXT = 1.0, 0.5  # radius; how bright the discs of the next vertebrae are
+_UNMARKED_RATE = 0.15  # share of next vertebrae that nobody has marked, in augmented items
 _EXPOSED = 0.1  # a ray that lost less met no patient: the volume ends there, or a shutter was in the way
 _SHUTTER_RATE = 0.15
 _MOST_CLUTTER = 4
@@ -115,6 +120,7 @@ class BiplanarDataset(Dataset):
         click = body + _clipped(rng.normal(0, self.click_mm, 3))
         voxels = np.rint(_clipped(click - body + rng.normal(0, self.crop_mm, 3)) / CUBE_MM).astype(int)
         middle = body + voxels * CUBE_MM
+        marks = self._next_marks(subject, number, rng) if self.annotation == "n2v" else ()
         item = {
             "target": subject.masks.cut(number, voxels, CUBE)[None].astype(np.uint8),
             "level": np.array(LABELS.index(subject.labels[number])),
@@ -126,18 +132,39 @@ class BiplanarDataset(Dataset):
             corner = patch_corner(beam, middle)
             values = cut_out(subject.radiographs[view], corner, PATCH).astype(np.float32)
             values = _spoilt(values, rng, self.clutter) if self.augment else values
-            item[name] = np.stack([normalised(values), self._annotation(subject, number, view, corner, click)])
+            item[name] = np.stack([normalised(values), self._annotation(subject, number, view, corner, click, marks)])
             item[f"cube_to_{name}"] = cube_to_patch(beam, cube_affine(middle), corner)
         item = _mirrored(item) if self.augment and rng.random() < 0.5 else item
         return {key: torch.as_tensor(value.copy()) for key, value in item.items()}
 
-    def _annotation(self, subject, number, view, corner, click):
+    def _next_marks(self, subject, number, rng):
+        """Return the marked body centres (n, 3) above and below, as far off as the vertebra's own."""
+        bodies = next_bodies(subject.bodies_mm, number)
+        marked = rng.random(len(bodies)) >= _UNMARKED_RATE * self.augment
+        return (bodies + _clipped(rng.normal(0, self.click_mm, bodies.shape)))[marked]
+
+    def _annotation(self, subject, number, view, corner, click, marks):
         if self.annotation == "none":
             return np.zeros((PATCH, PATCH), np.float32)
-        if self.annotation == "c2v":
-            return disc(subject.beams[view].project(click) - corner)
+        if self.annotation in MARKED:
+            return discs(subject.beams[view], corner, click, marks)
         kind = {"b2v": "body", "v2v": "whole"}[self.annotation]
         return subject.shadows[kind][view].cut(number, corner, PATCH).astype(np.float32)
+
+
+def next_bodies(bodies_mm: np.ndarray, number: int) -> np.ndarray:
+    """Return the body centres (0 to 2, 3) before and after one of a list (n, 3) from the top down."""
+    return np.concatenate([bodies_mm[max(number - 1, 0) : number], bodies_mm[number + 1 : number + 2]])
+
+
+def discs(beam: ConeBeam, corner_rc, centre_mm, next_mm=()) -> np.ndarray:
+    """Return the annotation (64, 64) of a body centre (3,) in a view, and of the next ones (n, 3), half as bright.
+
+    The line through the next bodies says how a vertebra is tilted where its plates are hard to see. Those outside the
+    patch leave nothing.
+    """
+    drawn = [_NEXT * disc(beam.project(each) - corner_rc) for each in next_mm]
+    return np.max([disc(beam.project(centre_mm) - corner_rc), *drawn], axis=0)
 
 
 def disc(centre_rc) -> np.ndarray:

@@ -27,6 +27,7 @@ class LiftingNet(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.annotation = "c2v"  # until it is trained with another
         self.frontal, self.lateral = _View(), _View()
         self.register_buffer("places", _places(*3 * [CUBE // _COARSE]), persistent=False)
         self.place = nn.Conv3d(3, _LIFTED, 1)

@@ -71,6 +71,7 @@ class TransVert(nn.Module):
         if fusion not in FUSIONS:
             message = f"unknown fusion {fusion!r}. Expected one of: {', '.join(map(repr, FUSIONS))}."
             raise InputError(message)
+        self.annotation = "c2v"  # until it is trained with another
         self.fusion = fusion
         self.lateral = _encoder(attention)
         self.frontal = None if fusion == "sagittal" else _encoder(attention)
