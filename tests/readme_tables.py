@@ -31,6 +31,7 @@ TABLES = {
     "radiographs": REFERENCE / "laptop" / "tables" / "radiograph_scores.csv",
     "real_radiographs": REFERENCE / "laptop" / "tables" / "real_radiographs.csv",
     "ablation_transvert": REFERENCE / "ablation_transvert.csv",
+    "fusion_seeds": REFERENCE / "ablation_transvert_seeds.csv",
     "registration": REFERENCE / "laptop" / "tables" / "registration_scores.csv",
     "same_pairs": REFERENCE / "laptop" / "tables" / "registration_same_pairs.csv",
     "hard_registration": REFERENCE / "laptop" / "tables" / "registration_difficulty.csv",
@@ -152,6 +153,7 @@ COLUMNS = {
         "beside": "from",
         "published_dice": "*published Dice*",
     },
+    "fusion_seeds": {"name": "network", "0": "Dice, seed 0", "1": "seed 1", "2": "seed 2"},
     "registration": {
         "name": "method",
         "dice": "Dice",
@@ -230,6 +232,9 @@ def as_markdown(name: str) -> str:
         table = _with_steps(table)
     if name == "radiographs":
         table = _with_published_radiographs(table)
+    if name == "fusion_seeds":
+        names, texts = table["name"].unique(), _with_intervals(table.astype({"seed": str}), ["dice"])
+        table = texts.pivot_table("dice", "name", "seed", aggfunc="first").loc[names].reset_index()
     if name == "vertebrae":
         table = _with_published_vertebrae(table)
     table = table[list(COLUMNS[name])].rename(columns=COLUMNS[name])

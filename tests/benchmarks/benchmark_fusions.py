@@ -1,4 +1,4 @@
-"""Fusion of the two views, after Bayat 2020: is the order of three networks that of the seeds they start from?
+"""Fusion of the two views, after Bayat 2020: is the order of four networks that of the seeds they start from?
 
     OMP_NUM_THREADS=1 python tests/benchmarks/benchmark_fusions.py [seed ...]
 
@@ -16,12 +16,12 @@ from spinelib.imaging.radiograph_pairs import BiplanarSubject
 from spinelib.metrics import interval_columns
 from spinelib.models.biplanar_data import BiplanarDataset
 from spinelib.radiograph_cohort import render_biplanar_cohort
-from spinelib.radiograph_evaluation import evaluate_subjects, network_method
+from spinelib.radiograph_evaluation import NAMES, evaluate_subjects, network_method
 from spinelib.radiograph_training import BATCH_SIZE, RATE, DrawnParts, train_variant
 from spinelib.train import TrainConfig
 
 TEST, TRAIN, PASSES, PARTS = 10, 48, 6, 600
-NETWORKS = "outer_product", "transvert", "attention"
+NETWORKS = "sagittal_only", "outer_product", "transvert", "attention"
 OUT = Path("reports/reference/ablation_transvert_seeds.csv")
 
 
@@ -41,7 +41,7 @@ def rows_of(scores: dict) -> pd.DataFrame:
     """Return one row a network and seed; `step` is the mean Dice of the same people minus that of the row above."""
     rows = []
     for (name, seed), part in scores.items():
-        row = {"variant": name, "seed": seed} | interval_columns("dice", by_person(part))
+        row = {"variant": name, "name": NAMES[name], "seed": seed} | interval_columns("dice", by_person(part))
         row |= {"hd_mm": part["hd_mm"].mean(), "asd_mm": part["asd_mm"].mean()}
         place = NETWORKS.index(name)
         if place:
