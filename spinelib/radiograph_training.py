@@ -155,21 +155,22 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     started, folder = time.time(), Path(args.output)
     train, validation, source = _subjects(args)
+    start = load_variant(args.variant, args.start) if args.start else None
+    annotation = args.annotation or (start.annotation if start else "c2v")
     sets = (
         DrawnParts(
-            BiplanarDataset(train, args.annotation, augment=True, seed=args.seed, clutter=args.clutter),
+            BiplanarDataset(train, annotation, augment=True, seed=args.seed, clutter=args.clutter),
             args.parts,
             args.seed,
         ),
-        BiplanarDataset(validation, args.annotation),
+        BiplanarDataset(validation, annotation),
     )
-    start = load_variant(args.variant, args.start) if args.start else None
     config = TrainConfig(args.epochs, BATCH_SIZE, RATE * FINE_TUNING if start else RATE, seed=args.seed)
     network = train_variant(args.variant, *sets, config, folder, args.workers, start)
     card = {
         "command": "spinelib train transvert " + " ".join(argv or []),
         "variant": args.variant,
-        "annotation": args.annotation,
+        "annotation": annotation,
         "subjects": {"train": len(train), "validation": len(validation), "source": source},
     }
     finish_training(folder, partial(save_variants, {args.variant: network}), card, started, f"{len(train)} subjects")
@@ -220,7 +221,9 @@ def _arguments(argv):
         "--lying", type=int, default=0, metavar="N", help="with --render: N more who lie as in a CT scanner, bent"
     )
     parser.add_argument("--variant", choices=list(VARIANTS), default="ours")
-    parser.add_argument("--annotation", choices=ANNOTATIONS, default="c2v", help="what marks the vertebra in a patch")
+    parser.add_argument(
+        "--annotation", choices=ANNOTATIONS, help="what marks the vertebra in a patch; that of --from, or c2v"
+    )
     parser.add_argument(
         "--subject-seed", type=int, default=200_000, help="first synthetic person; tests use small seeds"
     )

@@ -120,4 +120,7 @@ def test_training_from_the_command_line(tmp_path, capsys):
     assert read_card(out / "weights.safetensors") == {key: value for key, value in card.items() if key != "sha256"}
     network = load_variant("ours", out / "weights.safetensors")
     assert not network.training and network.annotation == "b2v"
+    on = [word for word in words if word not in ("--annotation", "b2v")]
+    assert main([*on, "--from", str(out / "weights.safetensors"), "-o", str(tmp_path / "on")]) == 0
+    assert load_variant("ours", tmp_path / "on" / "weights.safetensors").annotation == "b2v"
     assert np.isfinite(pd.read_csv(out / "log.csv")["train_loss"]).all()
