@@ -121,7 +121,7 @@ def leave_one_out(
     beside : sequence of BiplanarSubject
         As those that `start` was trained on.
     epochs : int
-        Passes of `_TUNING_PARTS` vertebrae, half of them of the others. The pass with the least loss on the others
+        Passes of 100 vertebrae, half of them of the others. The pass with the least loss on the others
         and as many people of `beside`, not spoilt, is kept.
     folder : path
     seed : int

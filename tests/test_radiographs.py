@@ -176,7 +176,8 @@ def test_the_network_sees_what_it_was_trained_on(network, annotation):
     for name in ("cube_to_frontal", "cube_to_lateral"):
         torch.testing.assert_close(batch[name], torch.stack([item[name] for item in expected]), atol=2e-3, rtol=0)
     for name in ("frontal", "lateral"):
-        assert (batch[name] - torch.stack([item[name] for item in expected])).abs().mean() < 0.03
+        image, marks = (batch[name] - torch.stack([item[name] for item in expected])).abs().unbind(1)
+        assert image.mean() < 0.06 and marks.max() < 0.02
 
 
 def test_finer_images_show_the_same_patch():
